@@ -1,0 +1,631 @@
+"""Pictures with captions, from tars or folders, as resumable batches; and a text encoder of words.
+
+DATA is a folder of tars as img2dataset and webdataset write them (key.png or .jpg ..., key.txt,
+key.json), one tar, a brace range d/{00000..00019}.tar, a glob 'd/*.tar', or a folder of pictures
+with metadata.jsonl ({"file_name": ..., "text": a caption or a list}) or with same-stem .txt files.
+The key ends at the FIRST dot of the base name. Captions: the .txt, then the strings of the list
+"captions" in key.json, if it is there. Nothing is ever written into DATA by this file.
+
+A broken sample (no caption, half a PNG) is left out and listed by name; a broken structure (a tar
+cut short, two pictures with one key, a path that leaves the folder) is a ValueError.
+
+`python data.py check DATA` reads everything once and lists what is wrong.
+"""
+import argparse
+import copy
+import difflib
+import glob
+import hashlib
+import io
+import json
+import mmap
+import os
+import re
+import struct
+import sys
+import tarfile
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+MAX_PIXELS = 64_000_000      # a larger picture is refused before it is decoded
+MAX_UNREADABLE = 0.01        # share of unreadable samples beyond which a run stops
+FOLDER_SHARD = 1000          # samples in a virtual shard of a picture folder
+ENDINGS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "jp2")
+# Named formats only: Pillow would hand an EPS called .png to Ghostscript, which runs programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# What Pillow raises on damaged files (180,000 were tried); all of it means "unreadable".
+BROKEN = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, ArithmeticError,
+          struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")      # NUL, halves of surrogate pairs: cannot be written
+WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")      # letters and digits, apostrophes inside
+
+
+# ---- one picture: encoded bytes -> (3, size, size) -----------------------------------------------
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode → 8-bit RGB: transparency over white, 16 bits rounded to 8. ValueError: floats."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed white; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = 65535
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("more than 16 bits a pixel; save it with 8 or 16 bits")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def square(data: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """An encoded picture → uint8 (3, size, size), and its own (width, height) in pixels.
+
+    First frame, upright by EXIF, centre square, then antialiased bicubic; a picture that is
+    already size x size keeps its pixels. Raises one of BROKEN where it cannot be read.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("not a picture of a known format") from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, and the limit is {MAX_PIXELS:,}")
+    image.draft(None, (3 * size, 3 * size))           # a large JPEG is decoded at 1/2, 1/4 or 1/8
+    ImageOps.exif_transpose(image, in_place=True)     # reads the pixels, too
+    side = min(image.size)
+    if image.size != (side, side):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    image = to_rgb(image)                             # before resizing: hidden colours do not bleed
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return np.asarray(image).transpose(2, 0, 1), (width, height)       # (3, size, size)
+
+
+def read_picture(file: str, offset: int, length: int, size: int) -> tuple:
+    """`square` of `length` bytes (-1 = all) at `offset` of a file; opened anew, so safe to fork."""
+    with open(file, "rb") as handle:
+        handle.seek(offset)
+        data = handle.read(length)
+    return square(data, size)
+
+
+# ---- which samples there are: names, headers and captions, no picture ----------------------------
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows [start, stop) of a dataset; its scores are in `folder / f"{name}.scores.jsonl"`."""
+    name: str
+    folder: Path
+    start: int
+    stop: int
+
+
+@dataclass
+class Index:
+    """The rows of a dataset (each a picture with captions), and what is wrong with the rest."""
+    shards: list[Shard] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    places: array = field(default_factory=lambda: array("q"))    # a row: file, offset, length
+    unreadable: dict[str, str] = field(default_factory=dict)     # "shard/key" -> reason
+    faults: list[str] = field(default_factory=list)              # broken structure, in sentences
+    duplicates: int = 0
+    dotted: int = 0                                              # pictures named like a.b.png
+
+    def add_file(self, samples: dict, name: str, place: tuple, read: Callable) -> None:
+        """Put one file into its sample: {"picture": its place} or {"txt" or "json": its bytes}."""
+        key, kind = split_name(name)
+        parts = samples.setdefault(key, {}) if kind else {}
+        if kind in parts:
+            self.add_duplicate(f"{self.files[place[0]]}: {name} is a second {kind}", key)
+        elif kind:
+            parts[kind] = place if kind == "picture" else read(place)
+            self.dotted += kind == "picture" and os.path.basename(name).count(".") > 1
+
+    def add_duplicate(self, what: str, key: str) -> None:
+        """Note that a key is there twice."""
+        self.duplicates += 1
+        self.faults.append(f"{what} with the key {key!r}, which ends at the first dot of the name "
+                           "and must be unique; rename or remove one")
+
+    def add_shard(self, name: str, folder: Path, samples: dict, source: str) -> None:
+        """Append the whole samples of one shard as rows; list the others as unreadable."""
+        start = len(self.keys)
+        for key, parts in samples.items():
+            try:
+                captions = captions_of(parts)
+            except ValueError as error:
+                self.unreadable[f"{name}/{key}"] = f"{source}: {error}"
+                continue
+            self.keys.append(key)
+            self.captions.append(captions)
+            self.places.extend(parts["picture"])
+        self.shards.append(Shard(name, folder, start, len(self.keys)))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Path of a file → its key and "picture", "txt", "json" or, for all other files, ""."""
+    name = name.encode("utf-8", "backslashreplace").decode().removeprefix("./")
+    folder, slash, base = name.rpartition("/")
+    stem, *endings = base.split(".")
+    ending = endings[-1].lower() if stem and endings else ""      # .hidden files have no stem
+    kind = "picture" if ending in ENDINGS else ending if ending in ("txt", "json") else ""
+    return folder + slash + stem, kind
+
+
+def parse_object(text: bytes, where: str) -> dict:
+    """JSON → dict. Raises ValueError that begins with `where` for anything but one object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):              # RecursionError: thousands of brackets
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not a JSON object; correct or remove it")
+    return value
+
+
+def captions_of(parts: dict) -> tuple[str, ...]:
+    """The captions of one sample. Raises ValueError with the reason why it cannot be used."""
+    if "picture" not in parts:
+        raise ValueError(f"no picture file ({', '.join(ENDINGS)})")
+    texts = list(parts.get("text", ()))               # of metadata.jsonl
+    if "txt" in parts:
+        try:
+            texts.append(parts["txt"].decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            raise ValueError("the .txt is not UTF-8") from None
+    if b'"captions"' in parts.get("json", b""):       # most .json files have none: not parsed
+        extra = parse_object(parts["json"], "the .json").get("captions", [])
+        texts += extra if isinstance(extra, list) else [extra]
+    if not texts:
+        raise ValueError("no caption")
+    if not all(isinstance(text, str) and not NOT_TEXT.search(text) for text in texts):
+        raise ValueError("a caption is not a plain string")
+    captions = tuple(text.strip() for text in texts if text.strip())
+    if not captions:
+        raise ValueError("empty caption")
+    return captions
+
+
+def without_notes(samples: dict) -> dict:
+    """Leave out the keys with a .json alone (dataset_info.json): no sample, and no lost one."""
+    return {key: parts for key, parts in samples.items() if parts.keys() != {"json"}}
+
+
+def scan_tar(index: Index, path: str) -> None:
+    """Add one tar: its headers and texts are read once, its pictures stay where they are."""
+    number, samples = len(index.files), {}
+    index.files.append(path)
+
+    def read(place: tuple) -> bytes:
+        file.seek(place[1])
+        return file.read(place[2])
+
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []                      # or tarfile keeps every header in memory
+                if member.isreg():
+                    place = (number, member.offset_data, member.size)
+                    index.add_file(samples, member.name, place, read)
+            file.seek(tar.offset)                     # tarfile stops in silence at any bad header
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError("its end is missing")
+    except (tarfile.TarError, OSError) as error:
+        index.faults.append(f"{path} is damaged, cut short or no tar ({error}); fetch it again")
+    else:
+        index.add_shard(Path(path).stem, Path(path).parent, without_notes(samples), path)
+
+
+def scan_pictures(index: Index, folder: str) -> dict:
+    """The samples of a folder without metadata.jsonl: pictures with .txt and .json of one key."""
+    samples = {}
+    for parent, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            index.files.append(path)
+            index.add_file(samples, os.path.relpath(path, folder), (len(index.files) - 1, 0, -1),
+                           lambda place: Path(index.files[place[0]]).read_bytes())
+    if "txt" not in samples.get("bins", ()):
+        samples.pop("bins", None)                     # bins.png, which binning.py draws here
+    return without_notes(samples)
+
+
+def leaves(folder: str, name: str) -> bool:
+    """Does a path lead out of the folder: absolute, by "..", or through a symlink?"""
+    root = os.path.realpath(folder)
+    inside = os.path.commonpath([root, os.path.realpath(os.path.join(root, name))]) == root
+    return os.path.isabs(name) or not inside
+
+
+def scan_metadata(index: Index, folder: str, metadata: str) -> dict:
+    """The samples of metadata.jsonl; pictures of the folder that it does not name are none."""
+    samples = {}
+    for number, line in enumerate(Path(metadata).read_bytes().splitlines(), 1):
+        where = f"{metadata}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            record = parse_object(line, where)
+        except ValueError as error:
+            index.faults.append(str(error))
+            continue
+        name, text = record.get("file_name"), record.get("text")
+        if not isinstance(name, str) or NOT_TEXT.search(name):
+            index.faults.append(f"{where} has no file_name; name a picture of the folder")
+        elif leaves(folder, name):
+            index.faults.append(f"{where}: {name!r} leaves the dataset folder; put the file in and "
+                                "name it relative to the folder")
+        elif (key := split_name(os.path.normpath(name))[0]) in samples:
+            index.add_duplicate(f"{where}: {name!r} is a second picture", key)
+        else:
+            samples[key] = {"text": text if isinstance(text, list) else [text] * (text is not None)}
+            if os.path.isfile(os.path.join(folder, name)):
+                samples[key]["picture"] = (len(index.files), 0, -1)
+                index.files.append(os.path.join(folder, name))
+            index.dotted += os.path.basename(name).count(".") > 1
+    return samples
+
+
+def find_tars(path: str) -> list[str]:
+    """The tars that DATA stands for; none for a folder of pictures. FileNotFoundError: no DATA."""
+    if os.path.isdir(path):
+        return sorted(str(tar) for tar in Path(path).glob("*.tar"))
+    if os.path.exists(path):
+        return [path]
+    if match := re.search(r"\{(\d+)\.\.(\d+)\}", path):
+        first, last = match.groups()
+        return [tar for number in range(int(first), int(last) + 1)
+                for tar in find_tars(f"{path[:match.start()]}{number:0{len(first)}d}"
+                                     f"{path[match.end():]}")]
+    tars = sorted(glob.glob(path))
+    if not tars:
+        raise FileNotFoundError(f"{path} is not there; give a folder of tars or of pictures, a "
+                                "tar, a range d/{00000..00019}.tar or a quoted glob 'd/*.tar'")
+    return tars
+
+
+def read_index(path: str) -> Index:
+    """Find the samples of DATA, and its faults, without opening a picture."""
+    index, tars = Index(), find_tars(path)
+    for tar in tqdm(tars, "headers", unit="tar", delay=2, leave=False, disable=None):
+        scan_tar(index, tar)
+    metadata = os.path.join(path, "metadata.jsonl")
+    if tars and os.path.exists(metadata):
+        index.faults.append(f"{path} holds tars and metadata.jsonl; move one of them away")
+    if not tars and os.path.isdir(path):
+        if os.path.exists(metadata):
+            source, samples = metadata, scan_metadata(index, path, metadata)
+        else:
+            source, samples = path, scan_pictures(index, path)
+        keys = sorted(samples)
+        for start in range(0, len(keys), FOLDER_SHARD):
+            part = {key: samples[key] for key in keys[start:start + FOLDER_SHARD]}
+            index.add_shard(f"{start // FOLDER_SHARD:05d}", Path(path), part, source)
+    for name, count in Counter(shard.name for shard in index.shards).items():
+        if count > 1:
+            index.faults.append(f"{path}: {count} tars are called {name}.tar; rename them")
+    if not index.keys and not index.faults:
+        first = "".join(f" ({name}: {reason})" for name, reason in [*index.unreadable.items()][:1])
+        index.faults.append(f"{path} has no picture with a caption{first}; give key.png and "
+                            "key.txt in tars or in a folder, or a folder with metadata.jsonl")
+    return index
+
+
+# ---- the dataset ---------------------------------------------------------------------------------
+
+class Pictures(torch.utils.data.Dataset):
+    """The samples of DATA as squares of `size` pixels, in a fixed order of rows.
+
+    shards: list of Shard; keys: (N,) list of str; captions: (N,) list of tuples of str;
+    unreadable: "shard/key" -> reason, filled as samples fail. If all pictures fit into
+    memory_gb (10^9 bytes), each is decoded once and then kept. Raises ValueError or
+    FileNotFoundError, in one sentence, for a DATA that cannot be used.
+    """
+
+    def __init__(self, path: str, size: int, memory_gb: float = 2.0):
+        index = read_index(str(path))
+        if index.faults:
+            more = f" (and {len(index.faults) - 1} more: see python data.py check {path})"
+            raise ValueError(index.faults[0] + more * (len(index.faults) > 1))
+        self.path, self.size = str(path), size
+        self.shards, self.keys, self.captions = index.shards, index.keys, index.captions
+        self.files, self.unreadable = index.files, index.unreadable
+        self.lost = len(index.unreadable)                          # samples that are no rows
+        self.places = np.array(index.places, np.int64).reshape(-1, 3)
+        self.rows = np.arange(len(self.keys))                      # into places, cache and cached
+        self.cache, total = None, 3 * size * size * len(self.keys)
+        if total <= memory_gb * 1e9:
+            # Anonymous shared memory: worker processes fill it for all, it takes no space before
+            # it is filled, and it does not count against a container's small /dev/shm.
+            self.cache = np.frombuffer(mmap.mmap(-1, total), np.uint8).reshape(-1, 3, size, size)
+            self.cached = np.frombuffer(mmap.mmap(-1, len(self.keys)), np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def shard_of(self, i: int) -> Shard:
+        """The shard of row i."""
+        return self.shards[bisect_right(self.shards, i, key=lambda shard: shard.start) - 1]
+
+    def name(self, i: int) -> str:
+        """"shard/key" of row i."""
+        return f"{self.shard_of(i).name}/{self.keys[i]}"
+
+    def picture(self, i: int) -> torch.Tensor:
+        """Row i as uint8 (3, size, size). Raises ValueError, naming file and key: unreadable."""
+        row = self.rows[i]
+        if self.cache is not None and self.cached[row]:
+            return torch.from_numpy(self.cache[row].copy())
+        number, offset, length = self.places[row].tolist()
+        file = self.files[number]
+        try:
+            pixels, _ = read_picture(file, offset, length, self.size)
+        except BROKEN as error:
+            self.unreadable[self.name(i)] = f"{file}: {error}"
+            raise ValueError(f"{file}: the picture of {self.name(i)} cannot be read ({error}); "
+                             "replace it") from None
+        if self.cache is not None:
+            self.cache[row] = pixels
+            self.cached[row] = True                                # only now is it there
+        return torch.from_numpy(pixels.copy())
+
+    def __getitem__(self, places: tuple[np.ndarray, np.ndarray]) -> dict:
+        """Positions and rows, int64 (b,) each → one batch, as `batches` yields it, and `broken`."""
+        whole, pixels, broken = [], [], {}
+        for j, i in enumerate(places[1].tolist()):
+            try:
+                pixels.append(self.picture(i))
+            except ValueError:
+                broken[self.name(i)] = self.unreadable[self.name(i)]
+            else:
+                whole.append(j)
+        nothing = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        position, row = (torch.from_numpy(place[whole]) for place in places)
+        return {"position": position, "row": row, "broken": broken,
+                "picture": torch.stack(pixels) if pixels else nothing}
+
+    def select(self, rows: Sequence[int]) -> "Pictures":
+        """The same dataset with only these rows, in this order. Pictures in memory are shared."""
+        other, rows = copy.copy(self), list(rows)
+        other.rows = self.rows[np.array(rows, np.int64)]
+        other.keys = [self.keys[i] for i in rows]
+        other.captions = [self.captions[i] for i in rows]
+        other.shards = []                       # a shard that comes back later is another piece
+        for shard, piece in groupby(range(len(rows)), key=lambda i: self.shard_of(rows[i])):
+            piece = list(piece)
+            other.shards.append(replace(shard, start=piece[0], stop=piece[-1] + 1))
+        return other
+
+
+# ---- the order of samples ------------------------------------------------------------------------
+
+@lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A random order of n rows: int64 (n,). Of raw bits, which numpy promises never to change."""
+    bits = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(n)
+    return np.argsort(bits, kind="stable")
+
+
+def rows_at(positions, n: int, seed: int) -> np.ndarray:
+    """Positions in the endless stream → rows, int64. Epoch e = position // n has its own order."""
+    positions = np.asarray(positions, np.int64)
+    epochs, rows = positions // n, np.empty_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        inside = epochs == epoch
+        rows[inside] = permutation(n, seed, epoch)[positions[inside] % n]
+    return rows
+
+
+def batches(pictures: Pictures, seed: int, first_step: int, last_step: int, batch: int,
+            rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[dict]:
+    """Steps [first_step, last_step): dicts of position (b,) and row (b,) int64, and picture uint8
+    (b, 3, size, size).
+
+    `batch` is global: step k covers the positions [k*batch, (k+1)*batch) of `rows_at`, and rank r
+    its r-th contiguous slice. So a step is the same after a resume, with any number of workers,
+    and each sample comes once per epoch. Unreadable samples are left out (b is smaller, perhaps
+    0) and recorded in pictures.unreadable; more than 1 % of them is a ValueError.
+    """
+    if batch % world:
+        raise ValueError(f"a batch of {batch} cannot be shared by {world} processes; choose a "
+                         f"multiple of {world}")
+    advice = f"(the limit is {MAX_UNREADABLE:.0%}); see python data.py check {pictures.path}"
+    samples, share = len(pictures.places) + pictures.lost, batch // world
+    if pictures.lost > MAX_UNREADABLE * samples:
+        raise ValueError(f"{pictures.path}: {pictures.lost} of {samples} samples lack a picture or "
+                         f"a caption {advice}")
+    positions = (np.arange(share) + step * batch + rank * share
+                 for step in range(first_step, last_step))
+    loader = torch.utils.data.DataLoader(
+        pictures, batch_size=None, num_workers=workers,
+        sampler=((position, rows_at(position, len(pictures), seed)) for position in positions),
+        generator=torch.Generator(),                # its own: the caller's stream is left alone
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
+    read = failed = 0
+    for step in loader:
+        broken = step.pop("broken")
+        pictures.unreadable.update(broken)          # a worker process filled only its own copy
+        read, failed = read + share, failed + len(broken)
+        # Three standard deviations on top, or bad luck would stop a run with a share below 1 %.
+        if read >= 100 and failed > MAX_UNREADABLE * read + 3 * (MAX_UNREADABLE * read) ** 0.5:
+            raise ValueError(f"{pictures.path}: {failed} of {read} samples unreadable {advice}")
+        yield step
+
+
+# ---- words as vectors ----------------------------------------------------------------------------
+
+def split_words(text: str) -> list[str]:
+    """"Two dogs, don't!" → ["two", "dogs", "don't"]."""
+    return WORD.findall(text.lower())
+
+
+class Words:
+    """A frozen text encoder without weights: fixed random vectors of words and their positions.
+
+    The first half of the channels is the word: uniform, unit variance, made from a hash of the word
+    alone, so that it is the same in every vocabulary and with every library version. The second
+    half is the sin-cos vector of the position, unit variance too. Not in the paper (FLAN-T5 XL).
+    """
+
+    def __init__(self, vocabulary: Sequence[str], dim: int = 64, length: int = 16):
+        assert dim % 4 == 0, dim
+        assert all(split_words(word) == [word] for word in vocabulary), vocabulary
+        self.vocabulary, self.dim, self.length = tuple(vocabulary), dim, length
+        self.index = {word: i for i, word in enumerate(self.vocabulary, 1)}
+        # Row 0 is "", the one token of the empty prompt.
+        digests = b"".join(hashlib.shake_256(word.encode()).digest(dim // 2)
+                           for word in ("", *self.vocabulary))
+        values = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, dim // 2)
+        self.words = (values - 127.5) / ((256 ** 2 - 1) / 12) ** 0.5              # (V+1, dim/2)
+        frequency = 100.0 ** (-torch.arange(dim // 4) / (dim // 4))   # captions are short: not 10^4
+        angle = torch.arange(length)[:, None] * frequency                         # (length, dim/4)
+        self.positions = 2 ** 0.5 * torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, dim/2)
+
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text (B, length, dim) float32; text_mask (B, length) bool, True = token. Padding is 0.
+
+        Raises ValueError for an unknown word, with what is valid, and for too many words.
+        """
+        tokens, lengths = [], []
+        for prompt in prompts:
+            words = split_words(prompt)
+            for word in words:
+                if word not in self.index:
+                    raise ValueError(f"{prompt!r} has the unknown word {word!r}; {self.hint(word)}")
+            if len(words) > self.length:
+                raise ValueError(f"{prompt!r} has {len(words)} words; shorten it to {self.length}")
+            tokens.append([self.index[word] for word in words] + [0] * (self.length - len(words)))
+            lengths.append(max(1, len(words)))
+        token = torch.tensor(tokens, dtype=torch.long).view(-1, self.length)        # (B, length)
+        text_mask = torch.arange(self.length) < torch.tensor(lengths).view(-1, 1)   # (B, length)
+        positions = self.positions.expand(len(prompts), -1, -1)            # (B, length, dim/2)
+        text = torch.cat([self.words[token], positions], dim=-1)           # (B, length, dim)
+        return text * text_mask[..., None], text_mask
+
+    def hint(self, word: str) -> str:
+        """What could be written instead of an unknown word."""
+        if len(self.vocabulary) <= 60:
+            return "the words are: " + ", ".join(self.vocabulary)
+        close = difflib.get_close_matches(word, self.vocabulary, n=5)
+        return "close words are: " + ", ".join(close) if close else "no known word is close to it"
+
+    def config(self) -> dict:
+        """What goes into config.json."""
+        return {"kind": "words", "vocabulary": list(self.vocabulary), "dim": self.dim,
+                "length": self.length}
+
+    @staticmethod
+    def from_config(config: dict) -> "Words":
+        """The inverse of `config`. ValueError: the configuration of another encoder."""
+        if config.get("kind") != "words":
+            raise ValueError(f"a text encoder of kind {config.get('kind')!r}; this one is 'words'")
+        return Words(config["vocabulary"], config["dim"], config["length"])
+
+    @staticmethod
+    def vocabulary_of(captions: Iterable[str | tuple[str, ...]]) -> tuple[str, ...]:
+        """Every word of some captions, or tuples of captions (Pictures.captions), sorted."""
+        texts = (" ".join((entry,) if isinstance(entry, str) else entry) for entry in captions)
+        return tuple(sorted({word for text in texts for word in split_words(text)}))
+
+
+# ---- python data.py check DATA -------------------------------------------------------------------
+
+def read_all(index: Index, names: list[str], size: int) -> list[tuple[int, int]]:
+    """Decode every picture: (width, height) of the readable ones; the others become unreadable."""
+    sizes = []
+    for row, name in enumerate(tqdm(names, "pictures", leave=False, disable=None)):
+        number, offset, length = index.places[3 * row:3 * row + 3]
+        file = index.files[number]
+        try:
+            sizes.append(read_picture(file, offset, length, size)[1])
+        except BROKEN as error:
+            index.unreadable[name] = f"{file}: {error}"
+    return sizes
+
+
+def find_scored(index: Index) -> set[str]:
+    """Names of the samples that have scores in their shard's sidecar. A damaged one is a fault."""
+    scored = set()
+    for shard in index.shards:
+        sidecar = shard.folder / f"{shard.name}.scores.jsonl"
+        lines = sidecar.read_bytes().splitlines() if sidecar.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = parse_object(line, f"{sidecar}, line {number}")
+            except ValueError as error:
+                index.faults.append(str(error))
+                continue
+            if "scores" in record:                    # not the header, not a failed sample
+                scored.add(f"{shard.name}/{record.get('key')}")
+    return scored
+
+
+def check(path: str, size: int) -> list[str]:
+    """Print what DATA holds. Returns the faults, in sentences, that keep it from training."""
+    index = read_index(path)
+    names = [f"{shard.name}/{key}" for shard in index.shards
+             for key in index.keys[shard.start:shard.stop]]
+    lost = list(index.unreadable.values())
+    sizes = sorted(read_all(index, names, size), key=lambda side: side[0] * side[1])
+    scored = find_scored(index)
+    captions = [caption for several in index.captions for caption in several]
+    print(f"samples     {len(names)} in {len(index.shards)} shards, {len(captions)} captions")
+    if sizes:
+        shape = ["%d x %d" % sizes[i] for i in (0, len(sizes) // 2, -1)]
+        small = sum(min(side) < size for side in sizes)
+        print(f"sizes       min {shape[0]}, median {shape[1]}, max {shape[2]}; "
+              f"{small} smaller than {size} px")
+    print(f"captions    {sum(reason.endswith('no caption') for reason in lost)} missing, "
+          f"{sum(reason.endswith('empty caption') for reason in lost)} empty")
+    for caption in sorted(captions, key=lambda caption: -len(split_words(caption)))[:3]:
+        print(f"  {len(split_words(caption))} words: {caption}")
+    print(f"keys        {index.duplicates} duplicate; {index.dotted} file names with several dots "
+          "(a key ends at the first)")
+    unscored = [name for name in names if name not in scored]
+    print(f"unscored    {len(unscored)}" + (f" (python rewards.py {path})" if unscored else ""))
+    print(f"unreadable  {len(index.unreadable)}")
+    for name, reason in index.unreadable.items():
+        print(f"  {name}: {reason}")
+    total = len(names) + len(lost)
+    if len(index.unreadable) > MAX_UNREADABLE * total:
+        index.faults.append(f"{path}: {len(index.unreadable)} of {total} samples are unreadable, "
+                            f"the limit is {MAX_UNREADABLE:.0%}; repair or remove them")
+    return index.faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look at a dataset before training on it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("check", help="read everything once and list what is wrong")
+    command.add_argument("data", help="folder of tars, tar, brace range, glob or picture folder")
+    command.add_argument("--size", type=int, default=24, help="side in pixels to train at")
+    args = parser.parse_args()
+    faults = check(args.data, args.size)
+    if faults:
+        raise ValueError("\n".join(faults))
+    print(f"{args.data} can be trained on")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
+        print(error, file=sys.stderr)
+        sys.exit(2)

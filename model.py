@@ -1,0 +1,331 @@
+"""TextRIN: a recurrent interface network that reads text and reward levels.
+
+                 s (B, R) reward levels    text (B, L, D)
+                        \\                  /
+     t ── embed ──┐   2 self-attention layers over [rewards | registers | text]
+                  └──────────────┬──┘
+                            condition tokens
+                                 │ read                      × blocks
+     latents z ─────────────▶ ( z ) ◀── read ── ( x ) data tokens, one per patch
+                              layers of            ▲
+                              self-attention       │
+                                 └───── write ─────┘
+
+All the work happens in a few latents; the many data tokens are only read from and written to. The
+architecture is the release's (paper, section 3 and its appendix): one class for every size. The
+network is fed gamma = 1 - t, so 1 is data there.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Config:
+    """The size of a TextRIN. rewards fixes the order of the columns of s, everywhere."""
+    rewards: tuple
+    channels: int                       # of the data: 3 pixels, 4 VAE latents
+    size: int                           # side of the data
+    patch: int                          # side of a data token
+    data_dim: int
+    latents: int                        # how many
+    latent_dim: int
+    blocks: int
+    layers: int                         # self-attention layers in a block
+    read_heads: int                     # of reading and writing
+    heads: int                          # of self-attention in the latents
+    text_dim: int                       # of the frozen encoder
+    text_heads: int
+    registers: int                      # learned tokens beside the text
+    sigma_data: float                   # standard deviation of the data
+    latent_std: float = 0.02            # of the learned latents at the start
+    sincos: bool = False                # patch positions start as sin-cos instead of noise of 0.02
+
+
+PRESETS = {
+    # The embedded world in ten minutes on a laptop.
+    "shapes": dict(channels=3, size=24, patch=3, data_dim=96, latents=24, latent_dim=96, blocks=2,
+                   layers=2, read_heads=4, heads=4, text_dim=64, text_heads=4, registers=4,
+                   sigma_data=1.0, latent_std=1.0, sincos=True),
+    # The released network: SDXL-VAE latents of 256 px pictures, FLAN-T5-XL text.
+    "paper": dict(channels=4, size=32, patch=2, data_dim=512, latents=256, latent_dim=1024,
+                  blocks=4, layers=4, read_heads=16, heads=32, text_dim=2048, text_heads=16,
+                  registers=16, sigma_data=0.5),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, in fp32 whatever the autocast: (..., D) → (..., D)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, eps=1e-6).type_as(x) * self.weight
+
+
+class Fourier(nn.Module):
+    """√2 cos(2π (f x) + φ) with random, saved f ~ N(0, 1) and φ: (B,) → (B, D)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(dim))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(dim))
+
+    def forward(self, x):
+        return math.sqrt(2) * torch.cos(torch.outer(x.float(), self.frequencies) + self.phases)
+
+
+class Level(nn.Module):
+    """A number in [0, 1], a time or a reward level, becomes a token: (B,) → (B, D)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fourier = Fourier(dim // 4)
+        self.up = nn.Linear(dim // 4, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        h = self.fourier(x)                                                      # (B, D / 4)
+        h = (h - h.mean(-1, keepdim=True)) / h.std(-1, keepdim=True)             # (B, D / 4)
+        return self.out(F.silu(self.up(h)))                                      # (B, D)
+
+
+class SwiGLU(nn.Module):
+    """a · silu(b), hidden size 8/3 D rounded up to a multiple of 256: (..., D) → (..., D)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = -(-int(4 * dim * 2 / 3) // 256) * 256
+        self.up = nn.Linear(dim, 2 * hidden)
+        self.out = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        a, b = self.up(x).chunk(2, -1)                                           # (..., hidden) x 2
+        return self.out(a * F.silu(b))                                           # (..., D)
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear, hidden size 4 D: (..., D) → (..., D)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.up = nn.Linear(dim, 4 * dim)
+        self.out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.out(F.gelu(self.up(x)))                                      # (..., D)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, N, D) over a source (B, M, E), or over itself (source_dim None).
+
+    Queries and keys are normalised per head (qk_norm), so that logits cannot grow without bound.
+    """
+
+    def __init__(self, dim: int, source_dim: int | None, heads: int, qk_norm=True, bias=False):
+        super().__init__()
+        width = min(dim, source_dim or dim)
+        assert width % heads == 0, f"{heads} heads do not divide a width of {width}"
+        self.heads = heads
+        if source_dim is None:
+            self.qkv = nn.Linear(dim, 3 * width, bias=bias)
+        else:
+            self.q = nn.Linear(dim, width, bias=bias)
+            self.kv = nn.Linear(source_dim, 2 * width, bias=bias)
+        self.out = nn.Linear(width, dim)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x, source=None, mask=None):
+        if source is None:
+            q, k, v = self.qkv(x).chunk(3, -1)                                   # (B, N, D) x 3
+        else:
+            q, (k, v) = self.q(x), self.kv(source).chunk(2, -1)                  # (B, N | M, width)
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)                                    # (B, H, N | M, d)
+        if mask is not None:
+            mask = mask[:, None, None, :]                                        # (B, 1, 1, M)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)              # (B, H, N, d)
+        return self.out(h.transpose(1, 2).flatten(2))                            # (B, N, D)
+
+
+class Cross(nn.Module):
+    """Tokens x read from a source, then think: x + attention, x + SwiGLU. (B, N, D) → (B, N, D)."""
+
+    def __init__(self, dim: int, source_dim: int, heads: int):
+        super().__init__()
+        self.norm_1, self.attention = RMSNorm(dim), Attention(dim, source_dim, heads)
+        self.norm_2, self.mlp = RMSNorm(dim), SwiGLU(dim)
+
+    def forward(self, x, source, mask=None):
+        x = x + self.attention(self.norm_1(x), source, mask)                     # (B, N, D)
+        return x + self.mlp(self.norm_2(x))                                      # (B, N, D)
+
+
+class Compute(nn.Module):
+    """Self-attention of the latents, then SwiGLU. (B, M, D) → (B, M, D)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm_1, self.attention = RMSNorm(dim), Attention(dim, None, heads)
+        self.norm_2, self.mlp = RMSNorm(dim), SwiGLU(dim)
+
+    def forward(self, z):
+        z = z + self.attention(self.norm_1(z))                                         # (B, M, D)
+        return z + self.mlp(self.norm_2(z))                                      # (B, M, D)
+
+
+class TextLayer(nn.Module):
+    """Self-attention of the condition tokens: LayerNorm, GELU, layer scale. (B, K, D) → (B, K, D)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = Attention(dim, None, heads, qk_norm=False, bias=True)
+        self.norm_2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim)
+        self.scale_1 = nn.Parameter(torch.full((dim,), 0.1))
+        self.scale_2 = nn.Parameter(torch.full((dim,), 0.1))
+
+    def forward(self, x, mask):
+        x = x + self.scale_1 * self.attention(self.norm_1(x), mask=mask)         # (B, K, D)
+        return x + self.scale_2 * self.mlp(self.norm_2(x))                       # (B, K, D)
+
+
+class Block(nn.Module):
+    """One RIN block: the latents read the condition and the data, compute, and write back."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.read_condition = Cross(c.latent_dim, c.latent_dim, c.read_heads)
+        self.read = Cross(c.latent_dim, c.data_dim, c.read_heads)
+        self.compute = nn.ModuleList(Compute(c.latent_dim, c.heads) for _ in range(c.layers))
+        self.write = Cross(c.data_dim, c.latent_dim, c.read_heads)
+
+    def forward(self, x, z, condition, mask):
+        z = self.read_condition(z, condition, mask)                              # (B, M, D)
+        z = self.read(z, x)                                                      # (B, M, D)
+        for layer in self.compute:
+            z = layer(z)                                                         # (B, M, D)
+        return self.write(x, z), z                                               # (B, N, d), z
+
+
+class TextRIN(nn.Module):
+    """v_θ(x_t, t, s, c): the velocity that MIRO learns.
+
+    forward takes x_t (B, C, S, S), t (B,), s (B, R), text (B, L, text_dim), text_mask (B, L) bool,
+    and z (B, M, D), the latents of the step before, or None at the first. It returns v like x_t,
+    the new latents z, and the log-variance u (B,) of the loss at t.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c, D = config, config.latent_dim
+        assert c.size % c.patch == 0, f"patch {c.patch} does not divide the side {c.size}"
+        self.config = c
+        pixels, N, R = c.channels * c.patch ** 2, (c.size // c.patch) ** 2, len(c.rewards)
+        self.patch_in, self.patch_norm = nn.Linear(pixels, c.data_dim), RMSNorm(c.data_dim)
+        self.positions = nn.Parameter(torch.empty(N, c.data_dim))
+        self.latents = nn.Parameter(torch.empty(c.latents, D))
+        self.time = Level(D)
+
+        self.levels = nn.ModuleList(Level(D) for _ in c.rewards)
+        self.reward_positions = nn.Parameter(torch.empty(R, D)) if R else None
+        self.registers = nn.Parameter(torch.empty(c.registers, D))
+        self.text_in = nn.Linear(c.text_dim, D)
+        self.text_layers = nn.ModuleList(TextLayer(D, c.text_heads) for _ in range(2))
+
+        self.previous_norm, self.previous_mlp = nn.LayerNorm(D, eps=1e-6), MLP(D)
+        self.previous_out = nn.LayerNorm(D, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.blocks))
+        self.out_norm, self.patch_out = RMSNorm(c.data_dim), nn.Linear(c.data_dim, pixels)
+        self.log_variance = nn.Sequential(Fourier(128), nn.Linear(128, 1))
+        self.initialise()
+
+    def initialise(self):
+        """Xavier for every linear layer but the log-variance's, noise of 0.02 for learned tokens,
+        zero for the last norm of self-conditioning (so that it starts as no change)."""
+        c = self.config
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith("log_variance"):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for parameter, std in ((self.positions, 0.02), (self.reward_positions, 0.02),
+                               (self.registers, 0.02), (self.latents, c.latent_std)):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+        if c.sincos:
+            self.positions.data.copy_(sincos(c.size // c.patch, c.data_dim))
+        nn.init.zeros_(self.previous_out.weight)
+        nn.init.zeros_(self.previous_out.bias)
+
+    def condition(self, s, text, text_mask):
+        """Everything the network knows of s and c; it does not depend on t.
+
+        s (B, R) in [0, 1], or -1 for a reward that is not asked for; text (B, L, text_dim),
+        text_mask (B, L) → tokens (B, K, D), mask (B, K), with K = R + registers + L.
+        """
+        B = len(text)
+        rewards = [level(s[:, r]) for r, level in enumerate(self.levels)]        # R of (B, D)
+        asked = (s >= 0)[..., None]                                              # (B, R, 1)
+        tokens = self.text_in(text)                                              # (B, L, D)
+        if rewards:
+            rewards = torch.stack(rewards, 1) * asked + self.reward_positions    # (B, R, D)
+        else:                                                       # the baseline without rewards
+            rewards = tokens[:, :0]                                              # (B, 0, D)
+        registers = self.registers.expand(B, -1, -1)                             # (B, 16, D)
+        tokens = torch.cat([rewards.type_as(tokens), registers.type_as(tokens), tokens], 1)
+        mask = F.pad(text_mask, (tokens.shape[1] - text_mask.shape[1], 0), value=True)   # (B, K)
+        for layer in self.text_layers:
+            tokens = layer(tokens, mask)                                         # (B, K, D)
+        return tokens, mask
+
+    def forward(self, x_t, t, s, text, text_mask, z=None):
+        c, gamma = self.config, (1 - t).clamp(min=1e-9)                          # (B,)
+        g = gamma.view(-1, 1, 1, 1)                                              # (B, 1, 1, 1)
+        x = x_t / torch.sqrt((g * c.sigma_data) ** 2 + (1 - g) ** 2)             # (B, C, S, S)
+        x = to_patches(x, c.patch)                                               # (B, N, p² C)
+        x = self.patch_norm(self.patch_in(x)) + self.positions                   # (B, N, d)
+
+        time = self.time(gamma)[:, None]                                         # (B, 1, D)
+        tokens, mask = self.condition(s, text, text_mask)                        # (B, K, D)
+        tokens = torch.cat([time.type_as(tokens), tokens], 1)                    # (B, 1 + K, D)
+        mask = F.pad(mask, (1, 0), value=True)                                   # (B, 1 + K)
+
+        if z is None:
+            z = x.new_zeros(len(x), c.latents, c.latent_dim)                     # (B, M, D)
+        previous = self.previous_out(z + self.previous_mlp(self.previous_norm(z)))   # (B, M, D)
+        z = self.latents + time + previous                                       # (B, M, D)
+        for block in self.blocks:
+            x, z = block(x, z, tokens, mask)                                     # (B, N, d), z
+
+        x = self.patch_out(self.out_norm(x))                                     # (B, N, p² C)
+        v = from_patches(x, c.patch) * math.sqrt(1 + c.sigma_data ** 2)          # (B, C, S, S)
+        return v, z, self.log_variance(gamma).flatten()                          # u (B,)
+
+
+def to_patches(x: torch.Tensor, p: int) -> torch.Tensor:
+    """Cut into patches, row by row, channels last: (B, C, S, S) → (B, (S / p)², p² C)."""
+    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                            # (B, C, n, p, n, p)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)                  # (B, n², p² C)
+
+
+def from_patches(x: torch.Tensor, p: int) -> torch.Tensor:
+    """The inverse of to_patches."""
+    n = math.isqrt(x.shape[1])
+    x = x.unflatten(2, (p, p, -1)).unflatten(1, (n, n))                          # (B, n, n, p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                  # (B, C, S, S)
+
+
+def sincos(side: int, dim: int) -> torch.Tensor:
+    """Sine and cosine of row and column at geometric wavelengths: (side², dim), unit variance."""
+    frequencies = torch.pi / 2 * side ** -torch.linspace(0, 1, dim // 4)         # (dim / 4,)
+    angles = torch.outer(torch.arange(side) + 0.5, frequencies)                  # (side, dim / 4)
+    waves = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)            # (side, dim / 2)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)                          # (side², dim)

@@ -1,0 +1,367 @@
+"""Sample with reward targets: ask for the levels you want, 0 (worst bin) to 1 (best bin).
+
+    python sample.py --prompt "a red circle and a blue square" --targets all=1 colorfulness=0.3
+    python sample.py --prompt "two green triangles" --sweep contrast=0:1:5 --n 4
+    python sample.py --prompts prompts.txt --best-of 8 --by alignment --out pictures/
+
+Image i depends on --seed + i alone: not on the batch, the device or the order.
+"""
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import binning
+import flow
+from data import Words
+from model import Config, TextRIN
+from rewards import default_rewards, score_all
+
+
+@dataclass
+class Model:
+    """A network with all that sampling needs: what is in a checkpoint folder."""
+    net: TextRIN
+    config: dict
+    encoder: Words
+    bins: binning.Bins | None        # None: trained without rewards
+    device: torch.device
+
+    @property
+    def rewards(self) -> tuple:
+        return tuple(self.config["network"]["rewards"])
+
+
+def best_device() -> torch.device:
+    """CUDA, else MPS, else CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load(folder, device: torch.device) -> Model:
+    """Read config.json and model.safetensors, strictly. ValueError names the file and the fault."""
+    folder = Path(folder)
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    for file in (config_file, weights_file):
+        if not file.exists():
+            raise FileNotFoundError(f"{file} does not exist: train with python train.py, or name a "
+                                    "checkpoint folder with --checkpoint")
+    try:
+        config = json.loads(config_file.read_text())
+        network = Config(**config["network"])
+        encoder = Words.from_config(config["text_encoder"])
+        bins = binning.Bins.from_config(config["bins"]) if config["bins"] else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config_file} is not the configuration of a checkpoint: {error}") from error
+    net = TextRIN(network)
+    try:
+        weights = load_file(weights_file)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_file} cannot be read ({error}): copy or train it again") from error
+    expected = net.state_dict()
+    wrong = [name for name in expected.keys() | weights.keys()
+             if name not in weights or name not in expected
+             or weights[name].shape != expected[name].shape]
+    if wrong:
+        raise ValueError(f"{weights_file} does not fit {config_file}: {len(wrong)} tensors are "
+                         f"missing, unknown or of another shape, such as {sorted(wrong)[0]}")
+    net.load_state_dict(weights)
+    return Model(net.to(device).eval(), config, encoder, bins, device)
+
+
+def noise(seeds: list, shape: tuple) -> torch.Tensor:
+    """N(0, 1) for each seed from a generator of its own, on the CPU: (B, *shape)."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                        for seed in seeds])
+
+
+def generate(model: Model, prompts: list, s_pos: torch.Tensor, s_neg: torch.Tensor, seeds: list,
+             guidance=None, steps=None, solver=None, interval=(0.0, 1.0), negative_prompt=None,
+             batch=64, progress=None) -> torch.Tensor:
+    """Pictures of prompts (B), at levels s_pos, s_neg (B, R), from noise of seeds (B).
+
+    guidance, steps, solver: None takes the checkpoint's own. negative_prompt: the caption of the
+    negative branch, None = the same caption. Returns uint8 (B, 3, S, S) on the CPU.
+    """
+    c, defaults = model.config["network"], model.config["sampler"]
+    eps = noise(seeds, (c["channels"], c["size"], c["size"]))                    # (B, C, S, S)
+    text, mask = model.encoder.encode(prompts)                                   # (B, L, D), (B, L)
+    negative = prompts if negative_prompt is None else [negative_prompt] * len(prompts)
+    text_neg, mask_neg = model.encoder.encode(negative)                          # (B, L, D), (B, L)
+    tensors = [a.to(model.device) for a in (eps, s_pos, s_neg, text, mask, text_neg, mask_neg)]
+    x = [flow.sample(model.net, *(a[i:i + batch] for a in tensors),
+                     w=defaults["guidance"] if guidance is None else guidance,
+                     steps=steps or defaults["steps"], solver=solver or defaults["solver"],
+                     interval=interval, progress=progress)
+         for i in range(0, len(prompts), batch)]
+    mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return (torch.cat(x).cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+
+def flops(model: Model) -> int:
+    """Floating-point operations of one forward pass of one picture (2 for each multiply-add)."""
+    c = model.config["network"]
+    text, mask = model.encoder.encode([""])
+    inputs = (noise([0], (c["channels"], c["size"], c["size"])), torch.ones(1),
+              torch.ones(1, len(model.rewards)), text, mask)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.net(*(a.to(model.device) for a in inputs))
+    return counter.get_total_flops()
+
+
+# ----------------------------------------------------------------------------------------- targets
+
+def read_targets(entries, rewards: tuple, default: float, flag: str) -> list:
+    """["all=1", "contrast=0.3"] or {"contrast": 0.3} → R levels in the order of the columns.
+
+    ValueError, with what is valid: an unknown reward, or a level outside [0, 1]."""
+    levels = dict.fromkeys(rewards, default)
+    pairs = entries.items() if isinstance(entries, dict) else [e.partition("=")[::2] for e in entries]
+    for name, text in pairs:
+        try:
+            value = float(text)
+        except (TypeError, ValueError):
+            value = float("nan")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{flag} {name}={text}: a level is a number from 0 (worst) to 1 (best)")
+        if name != "all" and name not in levels:
+            known = ", ".join(rewards) or "none, it was trained without rewards"
+            raise ValueError(f"{flag} {name}={text}: no such reward in this checkpoint; it knows "
+                             f"all, {known}")
+        levels.update({name: value} if name != "all" else dict.fromkeys(rewards, value))
+    return list(levels.values())
+
+
+def read_prompts(path: str) -> list:
+    """Lines of text, or of JSON (prompt, and if wanted targets, negative, seed) → list of dict."""
+    jobs = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        job = {"prompt": line.strip()}
+        if line.lstrip().startswith("{"):
+            try:
+                job = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        unknown = set(job) - {"prompt", "targets", "negative", "seed"}
+        if unknown or not isinstance(job.get("prompt"), str):
+            raise ValueError(f"{path}, line {number} needs a prompt, and may have targets, negative "
+                             f"and seed; it has {', '.join(job)}")
+        jobs.append(job)
+    if not jobs:
+        raise ValueError(f"{path} has no prompt: write one a line")
+    return jobs
+
+
+def read_sweep(text: str) -> tuple:
+    """"contrast=0:1:5" → ("contrast", [0.0, 0.25, 0.5, 0.75, 1.0])."""
+    name, _, values = text.partition("=")
+    try:
+        first, last, count = values.split(":")
+        return name, [round(v, 4) for v in np.linspace(float(first), float(last), int(count))]
+    except ValueError as error:
+        raise ValueError(f"--sweep {text}: write reward=first:last:count, such as contrast=0:1:5") \
+            from error
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+def measure(model: Model, pictures: torch.Tensor, prompts: list) -> list:
+    """Re-measure generated pictures: a list of {reward: level reached, or raw where unbinned}."""
+    names = default_rewards([(prompt,) for prompt in prompts])
+    if model.bins is not None:
+        names = tuple(name for name in model.rewards if name in names)
+    raw = score_all(names, pictures, prompts).numpy()                            # (B, R')
+    if model.bins is not None:
+        raw = model.bins.select(names).to_target(raw)
+    return [dict(zip(names, map(float, row))) for row in raw]
+
+
+def tile(picture: torch.Tensor, lines: list, scale: int) -> Image.Image:
+    """A picture (3, S, S), enlarged without smoothing, over lines of text."""
+    S, row = picture.shape[-1] * scale, 13
+    image = Image.new("RGB", (S, S + row * len(lines) + 4), "white")
+    large = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((S, S), Image.NEAREST)
+    image.paste(large)
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(image).text((2, S + 2 + row * i), line, "black", ImageFont.load_default(11))
+    return image
+
+
+def grid(rows: list, headings: list | None = None, labels: list | None = None) -> Image.Image:
+    """Rows of tiles, with a heading over each column and a label over each row, if given."""
+    width, height = max(t.width for row in rows for t in row), max(t.height for row in rows for t in row)
+    gap, top, over = 4, 18 if headings else 0, 18 if labels else 0
+    columns = max(len(row) for row in rows)
+    image = Image.new("RGB", (columns * (width + gap), top + len(rows) * (height + gap + over)),
+                      "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    for j, heading in enumerate(headings or []):
+        draw.text((j * (width + gap) + 2, 2), heading, "black", font)
+    for i, row in enumerate(rows):
+        y = top + i * (height + gap + over)
+        if labels:
+            draw.text((2, y + 2), labels[i], "black", font)
+        for j, t in enumerate(row):
+            image.paste(t, (j * (width + gap), y + over))
+    return image
+
+
+def progress_grid(model: Model) -> Image.Image:
+    """The picture of training: fixed noise, rows prompts, columns all targets from 0 to 1."""
+    prompts, R = model.config["prompts"], len(model.rewards)
+    levels = [0.0, 0.25, 0.5, 0.75, 1.0] if R else [1.0]
+    s = torch.tensor([[level] * R for _ in prompts for level in levels]).view(-1, R)
+    many = [prompt for prompt in prompts for _ in levels]
+    seeds = [i for i in range(len(prompts)) for _ in levels]
+    pictures = generate(model, many, s, torch.zeros_like(s), seeds)
+    scale = max(1, 96 // pictures.shape[-1])
+    rows = [[tile(pictures[i * len(levels) + j], [], scale) for j in range(len(levels))]
+            for i in range(len(prompts))]
+    return grid(rows, [f"all={level:g}" for level in levels] if R else None, prompts)
+
+
+# --------------------------------------------------------------------------------- the command line
+
+def plan(args, model: Model) -> list:
+    """The pictures to make: a list of dict(prompt, s_pos, s_neg, seed, row, heading)."""
+    if (args.prompt is None) == (args.prompts is None):
+        raise ValueError("name one of --prompt TEXT and --prompts FILE")
+    jobs = [{"prompt": args.prompt}] if args.prompts is None else read_prompts(args.prompts)
+    name, values = read_sweep(args.sweep) if args.sweep else (None, [None])
+    made = []
+    for number, job in enumerate(jobs):
+        s_pos = args.targets + [f"{k}={v}" for k, v in job.get("targets", {}).items()]
+        s_neg = args.negative + [f"{k}={v}" for k, v in job.get("negative", {}).items()]
+        first = job.get("seed", args.seed)
+        for i in range(args.n):
+            for value in values:
+                wanted = s_pos + ([f"{name}={value}"] if name else [])
+                for candidate in range(args.best_of):
+                    made.append(dict(
+                        prompt=job["prompt"], row=(number, i) if name else number,
+                        seed=first + i * args.best_of + candidate,
+                        heading=f"{name}={value:g}" if name else None,
+                        s_pos=read_targets(wanted, model.rewards, 1.0, "--targets"),
+                        s_neg=read_targets(s_neg, model.rewards, 0.0, "--negative")))
+    return made
+
+
+def best(made: list, count: int, by: str | None) -> list:
+    """Of each `count` candidates in a row the one with the highest measured `by`."""
+    if count == 1:
+        return made
+    if by not in made[0]["measured"]:
+        raise ValueError(f"--best-of needs --by one of {', '.join(made[0]['measured'])}")
+    return [max(made[i:i + count], key=lambda job: job["measured"][by])
+            for i in range(0, len(made), count)]
+
+
+def save(made: list, pictures: dict, args, model: Model, settings: dict) -> None:
+    """One figure of tiles (--out NAME.png), or one plain picture a file (--out FOLDER)."""
+    out = Path(args.out)
+    if out.suffix.lower() == ".png":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rows = {}
+        for job in made:
+            asked = dict(zip(model.rewards, job["s_pos"]))
+            lines = [f"{name[:5]} {asked[name]:.2f} > {value:.2f}" if name in asked
+                     else f"{name[:8]} {value:.2f}" for name, value in job["measured"].items()]
+            rows.setdefault(job["row"], []).append(
+                tile(pictures[id(job)], [f"seed {job['seed']}", *lines], args.scale))
+        labels = [next(job["prompt"] for job in made if job["row"] == row) for row in rows]
+        headings = [job["heading"] for job in made[:max(map(len, rows.values()))]]
+        figure = grid(list(rows.values()), headings if args.sweep else None, labels)
+        write_png(figure, out, settings | {"pictures": made})
+        print(f"wrote {out}: each tile has the level asked for > the level measured")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for i, job in enumerate(made):
+        image = Image.fromarray(pictures[id(job)].permute(1, 2, 0).numpy())
+        write_png(image, out / f"{i:05d}.png", settings | {"pictures": [job]})
+    print(f"wrote {len(made)} pictures to {out}/")
+
+
+def write_png(image: Image.Image, path: Path, settings: dict) -> None:
+    """Save with the settings as JSON in the PNG's text chunk "miro", whole or not at all."""
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("miro", json.dumps(settings))
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, "png", pnginfo=chunk)
+    temporary.replace(path)
+
+
+def read_command(argv=None):
+    parser = argparse.ArgumentParser(description="sample pictures with reward targets")
+    add = parser.add_argument
+    add("--checkpoint", default="runs/shapes", help="folder with config.json, model.safetensors")
+    add("--prompt", help="one prompt")
+    add("--prompts", help="file: prompts, or JSON with prompt, targets, negative, seed, one a line")
+    add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1")
+    add("--negative", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=0")
+    add("--negative-prompt", help="caption of the negative branch; default: the same caption")
+    add("--sweep", metavar="REWARD=FIRST:LAST:COUNT", help="one column a level")
+    add("--guidance", type=float, help="w, 0 = off; default: the checkpoint's")
+    add("--interval", type=float, nargs=2, default=(0.0, 1.0), help="times t with guidance")
+    add("--steps", type=int, help="default: the checkpoint's")
+    add("--solver", choices=("euler", "ab2"), help="default: the checkpoint's")
+    add("--seed", type=int, default=0)
+    add("--n", type=int, default=1, help="pictures a prompt")
+    add("--best-of", type=int, default=1, help="candidates of which the best is kept")
+    add("--by", help="the reward that chooses among candidates")
+    add("--batch", type=int, default=64, help="pictures at once; the result does not depend on it")
+    add("--scale", type=int, help="enlargement of the tiles")
+    add("--out", default="out.png", help="figure NAME.png, or a folder for single pictures")
+    args = parser.parse_args(argv)
+    if min(args.n, args.best_of, args.batch) < 1 or args.seed < 0 or (args.guidance or 0) < 0:
+        raise ValueError("--n, --best-of and --batch are at least 1, --seed and --guidance at least 0")
+    return args
+
+
+def main(argv=None):
+    args = read_command(argv)
+    began = time.time()
+    model = load(args.checkpoint, best_device())
+    made = plan(args, model)
+    args.scale = args.scale or max(1, 120 // model.config["network"]["size"])
+    tensor = lambda key: torch.tensor([job[key] for job in made]).view(len(made), -1)
+    defaults = model.config["sampler"]
+    w = defaults["guidance"] if args.guidance is None else args.guidance
+    steps, solver = args.steps or defaults["steps"], args.solver or defaults["solver"]
+    rounds = -(-len(made) // args.batch)
+    with tqdm(total=rounds * steps, desc="sampling", unit="step", leave=False) as bar:
+        pictures = generate(model, [job["prompt"] for job in made], tensor("s_pos"),
+                            tensor("s_neg"), [job["seed"] for job in made], w, steps, solver,
+                            tuple(args.interval), args.negative_prompt, args.batch, bar.update)
+    for job, measured in zip(made, measure(model, pictures, [job["prompt"] for job in made])):
+        job["measured"] = measured
+    by_job = {id(job): picture for job, picture in zip(made, pictures)}
+    passes = sum(2 if w and args.interval[0] <= t <= args.interval[1] else 1
+                 for t in torch.linspace(1, 0, steps + 1).tolist()[:-1])
+    names = ", ".join(f"{name}={level:g}" for name, level in zip(model.rewards, made[0]["s_pos"]))
+    print(f"targets {names or 'none'}{' ...' if len(made) > 1 else ''}")
+    print(f"{len(made)} pictures, {steps} {solver} steps, guidance {w:g}: {passes} network "
+          f"evaluations and {passes * flops(model) / 1e12:.4g} TFLOP a picture, "
+          f"{time.time() - began:.1f} s")
+    settings = {**vars(args), "guidance": w, "steps": steps, "solver": solver}
+    save(best(made, args.best_of, args.by), by_job, args, model, settings)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,641 @@
+"""Train MIRO. With no argument: make, score and bin the embedded world, train, show the pictures.
+
+    python train.py                                         # the whole main job, minutes on a laptop
+    python train.py --rewards none --out runs/baseline      # the paper's baseline
+    torchrun --standalone --nproc-per-node=8 train.py --data DIR --out runs/mine --batch 1024
+
+The same command again resumes, bit for bit. Every random number of a sample (noise, time, coins)
+is drawn from (seed, position in the stream), so neither ranks nor accumulation change the result.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import pickle
+import platform
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import binning
+import evaluate
+import flow
+import sample
+from data import Pictures, Words, batches
+from model import PRESETS, Config, TextRIN
+from rewards import (REWARDS, check_names, choose_rewards, default_rewards, read_scores,
+                     score_dataset)
+from shapes import TASKS, prompts, write_world
+
+
+@dataclass
+class Args:
+    """Every flag; None takes the value of the preset's recipe below."""
+    preset: str = "shapes"           # shapes or paper: the network and its recipe
+    data: str | None = None          # folder of tars or pictures (data.py); default: the world
+    out: str | None = None           # folder of the run; default runs/PRESET
+    rewards: str = "all"             # all, none, or a,b,c: what the network is told
+    size: int | None = None          # side of the pictures in pixels
+    patch: int | None = None         # side of a patch; it divides size
+    blocks: int | None = None        # RIN blocks
+    layers: int | None = None        # self-attention layers in a block
+    latents: int | None = None       # number of latents
+    latent_dim: int | None = None    # their width
+    data_dim: int | None = None      # width of the data tokens
+    steps: int | None = None         # optimizer steps
+    batch: int | None = None         # samples a step, over all ranks
+    accumulate: int = 1              # micro-batches a step and rank
+    optimizer: str | None = None     # muon, adamw or lamb (the paper's)
+    lr: float | None = None          # learning rate at its peak (muon: of what is no matrix)
+    matrix_lr: float | None = None   # of matrices, muon alone
+    weight_decay: float | None = None
+    warmup: int | None = None        # steps of linear warm-up
+    cosine_rate: float | None = None # share of the half cosine that is run through
+    clip: float = 2.0                # gradient norm
+    ema: float | None = None         # decay of the averaged weights, per step
+    self_condition: float | None = None   # share of samples that start from their own latents
+    reward_dropout: float = 0.0      # share of reward levels withheld
+    text_dropout: float = 0.0        # share of captions replaced by the empty one
+    bins: int = 64                   # reward levels
+    world: int = 20000               # pictures of the embedded world
+    val: int = 256                   # samples kept out for the validation loss
+    seed: int = 0
+    precision: str = "auto"          # fp32, bf16 or fp16; auto: bf16 or fp16 on CUDA, else fp32
+    compile: bool = False            # torch.compile
+    workers: int = 0                 # processes that read pictures, per rank
+    log_every: int = 50
+    save_every: int = 250            # steps between checkpoints
+    sample_every: int = 500          # steps between validation and the grid
+    dry_run: bool = False            # say what would be done, and stop
+
+
+RECIPES = {
+    # Found by trials on two CPU cores; README.md has the table.
+    "shapes": dict(steps=2400, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
+                   weight_decay=0.0, cosine_rate=1.0, ema=0.995, self_condition=0.5),
+    # The release's, line by line.
+    "paper": dict(steps=500_000, batch=1024, optimizer="lamb", lr=1e-3, matrix_lr=0.0, warmup=5000,
+                  weight_decay=0.01, cosine_rate=0.8, ema=0.9999, self_condition=0.9),
+}
+SAMPLERS = {"shapes": dict(guidance=1.5, steps=16, solver="ab2"),      # config.json carries them
+            "paper": dict(guidance=7.0, steps=50, solver="euler")}
+FREE = ("out", "accumulate", "compile", "workers", "log_every", "save_every", "sample_every",
+        "dry_run")                                  # flags that may change when a run is resumed
+
+
+# -------------------------------------------------------------------------------------- optimizers
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024): for the matrices of the blocks.
+
+    The update has singular values near 1, scaled to rms 0.2, AdamW's usual size (Liu et al. 2025).
+    Ours, not torch.optim.Muon: that one orthogonalises one matrix at a time in bf16, which takes
+    two thirds of a step on a CPU; here matrices of one shape go together, in fp32. Not in the paper.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            same = {}
+            for p in group["params"]:
+                same.setdefault(p.shape, []).append(p)
+            for params in same.values():
+                grads = torch.stack([p.grad for p in params])                    # (K, m, n)
+                for p, grad in zip(params, grads):
+                    state = self.state[p]
+                    buffer = state.setdefault("momentum", torch.zeros_like(p))
+                    buffer.lerp_(grad, 1 - group["momentum"])
+                    grad.lerp_(buffer, group["momentum"])                        # Nesterov
+                update = orthogonalise(grads) * 0.2 * max(grads.shape[1:]) ** 0.5
+                for p, u in zip(params, update):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u, alpha=group["lr"])
+
+
+def orthogonalise(x: torch.Tensor) -> torch.Tensor:
+    """The nearest matrices with all singular values near 1: (K, m, n) → (K, m, n).
+
+    Five Newton-Schulz steps with Jordan's coefficients."""
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / (wide.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(5):
+        a = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), wide,
+                             beta=3.4445)
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2020) as the release runs it: Adam's step, scaled by |p| / |step|.
+
+    As there, the trust ratio and the decay leave out norms and biases (weight_decay 0), and the
+    decay is p ← (1 - weight_decay) p at every step, not scaled by the learning rate.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta_1, beta_2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                state["step"] += 1
+                m, v, k = state["m"], state["v"], state["step"]
+                m.lerp_(p.grad, 1 - beta_1)
+                v.lerp_(p.grad.square(), 1 - beta_2)
+                step = m / (1 - beta_1 ** k) / ((v / (1 - beta_2 ** k)).sqrt() + group["eps"])
+                ratio = 1.0
+                if group["weight_decay"] > 0:
+                    size, length = p.norm(), step.norm()
+                    ratio = torch.where((size > 0) & (length > 0), size / length, 1.0)
+                p.sub_(group["lr"] * ratio * step).mul_(1 - group["weight_decay"])
+
+
+def optimizers_for(net: TextRIN, args: Args) -> list:
+    """One optimizer, or with muon two; norms, biases and learned tokens are never decayed."""
+    named = dict(net.named_parameters())
+    inner = ("blocks.", "text_layers.", "previous_mlp.")
+    matrices = [p for name, p in named.items() if p.ndim == 2 and name.startswith(inner)]
+    weights = [p for name, p in named.items() if name.endswith("weight") and p.ndim == 2]
+    plain = lambda chosen: [p for p in named.values() if not any(p is q for q in chosen)]
+    if args.optimizer == "muon":
+        found = [Muon(matrices, args.matrix_lr, weight_decay=args.weight_decay),
+                 torch.optim.AdamW(plain(matrices), args.lr, (0.9, 0.99), weight_decay=0.0)]
+    else:
+        groups = [dict(params=weights, weight_decay=args.weight_decay),
+                  dict(params=plain(weights), weight_decay=0.0)]
+        kind = {"adamw": torch.optim.AdamW, "lamb": Lamb}[args.optimizer]
+        found = [kind(groups, lr=args.lr, weight_decay=0.0)]
+    for group in (group for optimizer in found for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return found
+
+
+def schedule(step: int, args: Args) -> float:
+    """Linear warm-up, then cosine_rate of half a cosine: the factor of the learning rate."""
+    if step < args.warmup:
+        return (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return 0.5 * (1 + math.cos(args.cosine_rate * math.pi * done))
+
+
+# -------------------------------------------------------------------------------------- one sample
+
+def draws(seed: int, position: int, shape: tuple, rewards: int) -> dict:
+    """All random numbers of the sample at a position of the stream: the noise, the time, the coins.
+
+    They depend on nothing else, so two ranks, more workers or a resumed run draw the same.
+    """
+    rng = np.random.default_rng([seed, 3, position])
+    return dict(eps=rng.standard_normal(shape, np.float32), t=rng.standard_normal(),
+                caption=rng.random(), text=rng.random(), self_condition=rng.random(),
+                rewards=rng.random(rewards))
+
+
+def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
+    """What flow.loss takes, for a step of data.batches: x_0, eps, t, s, text, text_mask, coins."""
+    shape = (source["channels"], args.size, args.size)
+    R = len(source["rewards"])
+    drawn = [draws(args.seed, p, shape, R) for p in step["position"].tolist()]
+    stack = lambda key: torch.from_numpy(np.array([d[key] for d in drawn], np.float32))
+    captions, levels = [], []
+    for row, d in zip(step["row"].tolist(), drawn):
+        choice = int(d["caption"] * len(dataset.captions[row]))      # rewards move with the text
+        text_dropped = d["text"] < args.text_dropout
+        captions.append("" if text_dropped else dataset.captions[row][choice])
+        levels.append(source["s"][row][choice])
+    s = torch.from_numpy(np.array(levels, np.float32).reshape(len(drawn), R))    # (B, R)
+    s = s.where(stack("rewards").view_as(s) >= args.reward_dropout, -1.0)        # -1: not asked
+    x_0 = (step["picture"].float() - source["mean"]) / source["std"]             # (B, C, S, S)
+    t = flow.logit_normal(stack("t"))                                            # (B,)
+    self_condition = stack("self_condition") < args.self_condition               # (B,)
+    text, text_mask = encoder.encode(captions)                                   # (B, L, D), (B, L)
+    batch = (x_0, stack("eps"), t, s, text, text_mask, self_condition)
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+def write_whole(path: Path, write) -> None:
+    """write(temporary path), then rename: after a kill the file is the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(out: Path, step: int, run: "Run") -> None:
+    """state-STEP.pt to resume from (the newest two stay), and the pair that sample.py reads:
+    model.safetensors, the averaged weights, with config.json."""
+    state = dict(step=step, config=run.config, net=run.net.state_dict(),
+                 average=run.average.state_dict(), scaler=run.scaler.state_dict(),
+                 optimizers=[optimizer.state_dict() for optimizer in run.optimizers])
+    write_whole(out / f"state-{step:08d}.pt", lambda path: torch.save(state, path))
+    weights = {name: w.contiguous().cpu() for name, w in run.average.state_dict().items()}
+    write_whole(out / "model.safetensors", lambda path: save_file(weights, path))
+    write_whole(out / "config.json", lambda path: path.write_text(json.dumps(run.config)))
+    for old in sorted(out.glob("state-*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(out: Path) -> dict | None:
+    """The newest state that can be read, None if there is none. Tensors and plain types alone.
+
+    Raises ValueError if there are states and none can be read."""
+    states = sorted(out.glob("state-*.pt"), reverse=True)
+    for path in states:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            print(f"{path} cannot be read ({str(error).splitlines()[0]}): trying the one before",
+                  file=sys.stderr)
+    if states:
+        raise ValueError(f"no checkpoint in {out} can be read: remove the folder or pass --out")
+    return None
+
+
+def newest_state(out: Path) -> str:
+    """The newest checkpoint's path, or "none"."""
+    return str(max(out.glob("state-*.pt"), default="none"))
+
+
+def same_run(found: dict, wanted: dict, out: Path) -> None:
+    """Resume only what the same command began: ValueError naming the first flag that differs."""
+    for key, value in wanted.items():
+        if key not in FREE and found.get(key) != value:
+            raise ValueError(f"{out} was trained with --{key.replace('_', '-')} {found.get(key)}, "
+                             f"not {value}: pass --out for another folder, or the same flags")
+
+
+# -------------------------------------------------------------------------------------- the set-up
+
+def read_args(argv=None) -> Args:
+    """Flags over the preset's recipe and network; ValueError on what cannot be."""
+    parser = argparse.ArgumentParser(description="train MIRO; no argument runs the whole main job")
+    for field in fields(Args):
+        flag = "--" + field.name.replace("_", "-")
+        kind = {"int | None": int, "float | None": float, "str | None": str}.get(
+            str(field.type).replace("<class '", "").replace("'>", ""), field.type)
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true")
+        else:
+            parser.add_argument(flag, type=kind, default=field.default)
+    args = Args(**vars(parser.parse_args(argv)))
+    if args.preset not in PRESETS:
+        raise ValueError(f"--preset {args.preset}: there are {' and '.join(PRESETS)}")
+    for key, value in (PRESETS[args.preset] | RECIPES[args.preset]).items():
+        if getattr(args, key, 0) is None:
+            setattr(args, key, value)
+    args.out = args.out or f"runs/{args.preset}"
+    if args.size % args.patch:
+        raise ValueError(f"--patch {args.patch} does not divide --size {args.size}: for example "
+                         f"{', '.join(str(p) for p in range(2, 9) if args.size % p == 0)}")
+    if args.optimizer not in ("muon", "adamw", "lamb"):
+        raise ValueError(f"--optimizer {args.optimizer}: there are muon, adamw and lamb")
+    if args.precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise ValueError(f"--precision {args.precision}: there are auto, fp32, bf16 and fp16")
+    for key in ("steps", "batch", "accumulate", "val", "world", "log_every", "save_every",
+                "sample_every"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
+    return args
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """fp32 but on CUDA: there bf16, or fp16 on chips without it (bf16 is slower on most CPUs)."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+
+
+def start_ranks():
+    """(device, rank, world): one process alone, or torchrun's, over nccl on CUDA and gloo else."""
+    device = sample.best_device()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))       # rank 0 may score for a while
+    return device, rank, world
+
+
+def prepare_data(args: Args, rank: int):
+    """The pictures that are scored, their levels, bins and encoder; rank 0 makes what is missing.
+
+    Returns (train Pictures, val Pictures, s by row of each, Bins of the rewards asked, encoder).
+    """
+    embedded = args.data is None and args.preset == "shapes"
+    if args.data is None and not embedded:
+        raise ValueError(f"--preset {args.preset} needs --data: a folder of tars or pictures")
+    path = args.data or "runs/world"
+    if rank == 0:
+        if embedded:
+            write_world(path, args.world, seed=0, size=args.size)
+        pictures = Pictures(path, args.size)
+        if args.rewards != "none":
+            score_dataset(pictures, default_rewards(pictures.captions))
+            folder = pictures.shards[0].folder
+            if not (folder / "bins.json").exists():
+                binning.bin_dataset(pictures, default_rewards(pictures.captions), args.bins)
+    if dist.is_initialized():
+        dist.barrier()
+    pictures = Pictures(path, args.size)
+    rows, s, bins = list(range(len(pictures))), None, None
+    if args.rewards != "none":
+        names = choose_rewards(args.rewards, pictures.captions)
+        file = pictures.shards[0].folder / "bins.json"
+        bins = binning.load(file)
+        if bins.edges.shape[1] + 1 != args.bins:
+            raise ValueError(f"{file} has {bins.edges.shape[1] + 1} bins, --bins asks for "
+                             f"{args.bins}: pass the same, or remove the file")
+        rows, raw = read_scores(pictures, bins.names)
+        if bins.source != binning.fingerprint(np.concatenate(raw), bins.names):
+            raise ValueError(f"{file} was fitted on other scores than those in {path}: write it "
+                             f"again with python binning.py {path}")
+        columns = [bins.names.index(name) for name in names]
+        s = [bins.to_target(scores)[:, columns] for scores in raw]
+        bins = bins.select(names)
+    order = np.random.default_rng([args.seed, 4]).permutation(len(rows))
+    if len(rows) <= args.val + args.batch:
+        raise ValueError(f"{path} has {len(rows)} usable samples, fewer than --val {args.val} and "
+                         f"one --batch {args.batch}")
+    captions = (text for group in pictures.captions for text in group)
+    words = Words.vocabulary_of(captions)
+    longest = max(len(text.split()) for group in pictures.captions for text in group)
+    encoder = Words(words, PRESETS[args.preset]["text_dim"], longest + 1)
+    parts = []
+    for chosen in (order[args.val:], order[:args.val]):
+        part = pictures.select([rows[i] for i in chosen])
+        empty = [np.zeros((len(c), 0), np.float32) for c in part.captions]
+        parts.append((part, [s[i] for i in chosen] if s else empty))
+    (train, s_train), (val, s_val) = parts
+    return train, val, s_train, s_val, bins, encoder
+
+
+@dataclass
+class Run:
+    """A network in training with everything that a checkpoint holds."""
+    net: TextRIN
+    average: TextRIN                 # the averaged weights (EMA)
+    model: torch.nn.Module           # net, compiled and distributed
+    optimizers: list
+    scaler: torch.amp.GradScaler     # of fp16
+    config: dict
+    start: int                       # the first step to do
+
+
+def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, encoder) -> dict:
+    """config.json: everything that sampling needs, and the flags of the run."""
+    first = torch.stack([train.picture(i) for i in range(min(2000, len(train)))]).double()
+    given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
+    network = PRESETS[args.preset] | given | dict(rewards=list(bins.names) if bins else [],
+                                                  text_dim=encoder.dim)
+    world = default_rewards(val.captions)[0] == "alignment"
+    spread = {}
+    if bins:
+        raw = bins.to_raw(np.concatenate(s_train))                               # (N, R)
+        spread = dict(zip(bins.names, raw.std(0).tolist()))
+    return dict(
+        format=1, time="t = 0 is data, t = 1 is noise", network=network,
+        mean=first.mean((0, 2, 3)).tolist(),                     # of pixels in 0..255, per channel
+        std=(first.std((0, 2, 3)) / network["sigma_data"]).tolist(),
+        text_encoder=encoder.config(), bins=bins.to_config() if bins else None, score_std=spread,
+        prompts=[prompts(task, 1, 0)[0] for task in TASKS] if world
+        else [captions[0] for captions in val.captions[:6]],
+        sampler=SAMPLERS[args.preset], train_samples=len(train), val_samples=len(val),
+        args={key: value for key, value in asdict(args).items() if key not in FREE})
+
+
+def build(args: Args, config: dict, device: torch.device, world: int, dtype) -> Run:
+    """The network, new or as the last checkpoint in --out left it."""
+    out = Path(args.out)
+    state = load_checkpoint(out)
+    if state:
+        same_run(state["config"]["args"], config["args"], out)
+        config = state["config"]
+    torch.manual_seed(args.seed)                                        # of the initial weights
+    net = TextRIN(Config(**config["network"])).to(device)
+    average = copy.deepcopy(net).requires_grad_(False)
+    optimizers = optimizers_for(net, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state:
+        net.load_state_dict(state["net"])
+        average.load_state_dict(state["average"])
+        scaler.load_state_dict(state["scaler"])
+        for optimizer, found in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(found)
+    model = torch.compile(net) if args.compile else net       # net keeps its names: no _orig_mod
+    if world > 1:
+        model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
+                                        broadcast_buffers=False)
+    return Run(net, average, model, optimizers, scaler, config, state["step"] if state else 0)
+
+
+def train_step(run: Run, args: Args, step: int, batch: list, world: int, dtype) -> tuple:
+    """One optimizer step on this rank's share of the batch: (mse (b,), gradient norm).
+
+    Micro-batches add up to the gradient of the whole share, and DDP averages it over the ranks.
+    Raises FloatingPointError if the gradient is not finite (fp16: its scaler skips such a step).
+    """
+    share, mses = args.batch // world, []
+    size = share // args.accumulate
+    for first in range(0, share, size):
+        micro = [tensor[first:first + size] for tensor in batch]
+        if len(micro[0]) == 0:                   # unreadable pictures left a micro-batch empty: DDP
+            micro = [tensor[:1] for tensor in batch]         # still needs a pass, with no weight
+        quiet = run.model.no_sync() if world > 1 and first + size < share else nullcontext()
+        with quiet, torch.autocast(micro[0].device.type, dtype, enabled=dtype != torch.float32):
+            mse, weighted = flow.loss(run.model, *micro)                         # (b,), (b,)
+            run.scaler.scale(weighted.sum() / share).backward()
+        mses.append(mse.detach())
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.net.parameters(), args.clip)
+    if not run.scaler.is_enabled() and not torch.isfinite(norm):
+        raise FloatingPointError
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, args)
+        run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    decay = min(args.ema, (1 + step) / (10 + step))           # the average forgets the start sooner
+    with torch.no_grad():
+        torch._foreach_lerp_(list(run.average.parameters()), list(run.net.parameters()), 1 - decay)
+    return torch.cat(mses), float(norm)
+
+
+@torch.no_grad()
+def validate(run: Run, val: Pictures, encoder, args: Args, source: dict, device) -> float:
+    """Mean squared error of the averaged weights on the samples kept out: fixed noise and times,
+    true scores, no dropout, latents handed on as in sampling."""
+    steady = replace(args, text_dropout=0.0, reward_dropout=0.0, self_condition=1.0)
+    errors = []
+    for first in range(0, len(val), 64):
+        rows = torch.arange(first, min(first + 64, len(val)))
+        data = dict(position=rows + 2 ** 62, row=rows,             # far beyond any training position
+                    picture=torch.stack([val.picture(i) for i in rows.tolist()]))
+        batch = make_batch(data, val, encoder, steady, source, device)
+        errors.append(flow.loss(run.average, *batch)[0])                         # (b,)
+    return float(torch.cat(errors).mean())
+
+
+# ----------------------------------------------------------------------------------------- the log
+
+def write_head(out: Path, config: dict, start: int) -> None:
+    """The first line of log.jsonl: config, versions and the source that runs; later, a resume."""
+    head = dict(resume=start)
+    if start == 0:
+        sources = {p.name: p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))}
+        head = dict(config=config, source=sources, machine=platform.platform(), versions=dict(
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
+        (out / "log.jsonl").unlink(missing_ok=True)
+    append(out, head)
+
+
+def append(out: Path, line: dict) -> None:
+    """One more line of log.jsonl."""
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def summary(mse: torch.Tensor, t: torch.Tensor, world: int) -> tuple:
+    """The mean loss over all ranks, and by quarters of t, of the samples since the last line."""
+    quarter = torch.nn.functional.one_hot((4 * t).long().clamp(max=3), 4).float()    # (n, 4)
+    sums = torch.stack([mse @ quarter, quarter.sum(0)])                          # (2, 4)
+    if world > 1:
+        dist.all_reduce(sums)
+    by_t = (sums[0] / sums[1].clamp(min=1)).tolist()
+    return float(sums[0].sum() / sums[1].sum()), [round(value, 5) for value in by_t]
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png: the loss, by quarters of t, and the validation loss against steps."""
+    from matplotlib.figure import Figure                       # here: sampling never draws curves
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line for line in lines if "loss" in line}       # a resume logs twice
+    tested = {line["step"]: line["val"] for line in lines if "val" in line}
+    steps, figure = sorted(logged), Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.plot(steps, [logged[k]["loss"] for k in steps], label="training")
+    left.plot(sorted(tested), [tested[k] for k in sorted(tested)], "o-", label="validation (EMA)")
+    for quarter in range(4):
+        right.plot(steps, [logged[k]["by_t"][quarter] for k in steps],
+                   label=f"t in [{quarter / 4:g}, {quarter / 4 + 0.25:g}]")
+    for axis in (left, right):
+        axis.set(xlabel="step", ylabel="mean squared error of v", yscale="log")
+        axis.legend()
+    write_whole(out / "curves.png", lambda path: figure.savefig(path, format="png"))
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+def dry_run(args: Args, device, dtype) -> None:
+    """Say what a run would be: the recipe, the network's size and cost. Writes nothing."""
+    names = {"none": (), "all": REWARDS}.get(args.rewards, tuple(args.rewards.split(",")))
+    check_names(names)
+    given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
+    config = Config(**PRESETS[args.preset] | given | dict(rewards=names))
+    with torch.device("meta"):
+        net = TextRIN(config)
+        x = torch.empty(1, config.channels, config.size, config.size)
+        text, mask = torch.empty(1, 16, config.text_dim), torch.ones(1, 16, dtype=torch.bool)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x, torch.ones(1), torch.ones(1, len(names)), text, mask)
+    forward, count = counter.get_total_flops(), sum(p.numel() for p in net.parameters())
+    per_image = forward * (3 + args.self_condition)            # forward, twice that backward, again
+    for key, value in asdict(args).items():
+        print(f"{key:16} {value}")
+    print(f"{count:,} parameters; {forward / 1e9:.4g} GFLOP a forward pass, {per_image / 1e9:.4g} a "
+          f"training image, {per_image * args.batch * args.steps / 1e15:.4g} PFLOP in all "
+          f"(2 for each multiply-add)\ndevice {device}, {dtype}; nothing was written")
+
+
+def main(argv=None):
+    args = read_args(argv)
+    device, rank, world = start_ranks()
+    if args.batch % (world * args.accumulate):
+        raise ValueError(f"--batch {args.batch} is shared by {world} ranks x --accumulate "
+                         f"{args.accumulate}: choose a multiple of {world * args.accumulate}")
+    out, dtype = Path(args.out), precision(args.precision, device)
+    if args.dry_run:
+        return dry_run(args, device, dtype)
+    train, val, s_train, s_val, bins, encoder = prepare_data(args, rank)
+    config = describe(args, train, val, s_train, bins, encoder)
+    run = build(args, config, device, world, dtype)
+    shown = sample.Model(run.average, run.config, encoder, bins, device)
+    source, source_val = (dict(s=s, rewards=run.config["network"]["rewards"],
+                               channels=run.config["network"]["channels"],
+                               mean=torch.tensor(run.config["mean"]).view(-1, 1, 1),
+                               std=torch.tensor(run.config["std"]).view(-1, 1, 1))
+                          for s in (s_train, s_val))
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_head(out, run.config, run.start)
+
+    mses, times, began, logged = [], [], time.time(), run.start
+    bar = tqdm(total=args.steps, initial=run.start, desc="training", unit="step", disable=rank > 0)
+    stream = batches(train, args.seed, run.start, args.steps, args.batch, rank, world, args.workers)
+    for step, data in enumerate(stream, run.start):
+        batch = make_batch(data, train, encoder, args, source, device)
+        try:
+            mse, norm = train_step(run, args, step, batch, world, dtype)
+        except FloatingPointError as error:
+            raise ValueError(f"the loss is not finite at step {step}; the last good checkpoint is "
+                             f"{newest_state(out)}: lower --lr or change --precision") from error
+        mses, times, done = [*mses, mse], [*times, batch[2]], step + 1
+        bar.update()
+        if done % args.log_every == 0 or done == args.steps:
+            loss, by_t = summary(torch.cat(mses), torch.cat(times), world)
+            rate = (done - logged) * args.batch / (time.time() - began)
+            mses, times, began, logged = [], [], time.time(), done
+            if rank == 0:
+                quarters = " ".join(f"{value:.3f}" for value in by_t)
+                tqdm.write(f"step {done:6d}  loss {loss:.4f}  by t {quarters}  norm {norm:6.3f}  "
+                           f"lr x {schedule(step, args):5.3f}  {rate:6.0f} img/s")
+                append(out, dict(step=done, loss=loss, by_t=by_t, norm=norm, rate=rate))
+        if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
+            error = validate(run, val, encoder, args, source_val, device)
+            tqdm.write(f"step {done:6d}  validation {error:.4f}")
+            append(out, dict(step=done, val=error))
+            sample.progress_grid(shown).save(out / f"grid-{done:06d}.png")
+            draw_curves(out)
+        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
+            save_checkpoint(out, done, run)
+    bar.close()
+    if rank == 0:
+        if args.data is None:
+            evaluate.evaluate_folder(shown, out, n=512)
+        print(f"{out} has the checkpoint, log.jsonl, curves.png and grids of pictures; try\n"
+              f"python sample.py --checkpoint {out} --prompt \"{run.config['prompts'][0]}\"")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
+        print(error, file=sys.stderr)
+        sys.exit(2)
