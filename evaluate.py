@@ -71,7 +71,7 @@ def report(model: sample.Model, found: dict) -> str:
     return "\n".join([*lines, f"alignment by task at all=1: {tasks}"])
 
 
-def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int = 6) -> Image.Image:
+def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int = 6):
     """One prompt and one noise: a row a reward, its target from 0 to 1 (the others at 1)."""
     values = torch.linspace(0, 1, columns).tolist()
     names = ("all", *model.rewards)
@@ -92,16 +92,18 @@ def evaluate_folder(model: sample.Model, folder: Path, n: int) -> dict:
     if model.rewards:
         figure = control_figure(model, prompts("color_attr", 1, 0)[0])
         sample.write_png(figure, folder / "control.png", found)
-    (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
+    temporary = folder / ".evaluation.json.tmp"              # the file is whole or not there
+    temporary.write_text(json.dumps(found, indent=1))
+    temporary.replace(folder / "evaluation.json")
     return found
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="evaluate checkpoints of the embedded world")
     parser.add_argument("what", choices=("shapes",), help="the benchmark")
     parser.add_argument("checkpoints", nargs="+", help="folders that train.py wrote")
     parser.add_argument("--n", type=int, default=512, help="prompts")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.n < len(TASKS):
         raise ValueError(f"--n must be at least {len(TASKS)}, one prompt a task")
     for folder in args.checkpoints:

@@ -43,13 +43,14 @@ class Config:
     sigma_data: float                   # standard deviation of the data
     latent_std: float = 0.02            # of the learned latents at the start
     sincos: bool = False                # patch positions start as sin-cos instead of noise of 0.02
+    zero_out: bool = False              # every residual branch, and v, start at zero
 
 
 PRESETS = {
     # The embedded world in ten minutes on a laptop.
     "shapes": dict(channels=3, size=24, patch=3, data_dim=96, latents=24, latent_dim=96, blocks=2,
                    layers=2, read_heads=4, heads=4, text_dim=64, text_heads=4, registers=4,
-                   sigma_data=1.0, latent_std=1.0, sincos=True),
+                   sigma_data=1.0, latent_std=1.0, sincos=True, zero_out=True),
     # The released network: SDXL-VAE latents of 256 px pictures, FLAN-T5-XL text.
     "paper": dict(channels=4, size=32, patch=2, data_dim=512, latents=256, latent_dim=1024,
                   blocks=4, layers=4, read_heads=16, heads=32, text_dim=2048, text_heads=16,
@@ -122,7 +123,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, D) over a source (B, M, E), or over itself (source_dim None).
+    """Multi-head attention of x (B, N, D) over a source (B, M, E), or itself (source_dim None).
 
     Queries and keys are normalised per head (qk_norm), so that logits cannot grow without bound.
     """
@@ -247,8 +248,9 @@ class TextRIN(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier for every linear layer but the log-variance's, noise of 0.02 for learned tokens,
-        zero for the last norm of self-conditioning (so that it starts as no change)."""
+        """The release's start: Xavier for every linear layer but the log-variance's, noise of 0.02
+        for learned tokens, zero for the last norm of self-conditioning (it starts as no change).
+        The `shapes` preset changes what its fields latent_std, sincos and zero_out say."""
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("log_variance"):
@@ -263,6 +265,10 @@ class TextRIN(nn.Module):
             self.positions.data.copy_(sincos(c.size // c.patch, c.data_dim))
         nn.init.zeros_(self.previous_out.weight)
         nn.init.zeros_(self.previous_out.bias)
+        if c.zero_out:
+            ends = [m.out for m in self.modules() if isinstance(m, (Attention, SwiGLU, MLP))]
+            for linear in (*ends, self.patch_out):
+                nn.init.zeros_(linear.weight)
 
     def condition(self, s, text, text_mask):
         """Everything the network knows of s and c; it does not depend on t.

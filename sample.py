@@ -25,7 +25,7 @@ import binning
 import flow
 from data import Words
 from model import Config, TextRIN
-from rewards import default_rewards, score_all
+from rewards import REWARDS, default_rewards, score_all
 
 
 @dataclass
@@ -59,16 +59,21 @@ def load(folder, device: torch.device) -> Model:
                                     "checkpoint folder with --checkpoint")
     try:
         config = json.loads(config_file.read_text())
-        network = Config(**config["network"])
+        missing = {"mean", "std", "sampler", "prompts", "score_std"} - set(config)
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        net = TextRIN(Config(**config["network"]))
         encoder = Words.from_config(config["text_encoder"])
         bins = binning.Bins.from_config(config["bins"]) if config["bins"] else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config_file} is not the configuration of a checkpoint: {error}") from error
-    net = TextRIN(network)
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
+            RuntimeError) as error:
+        raise ValueError(f"{config_file} is not the configuration of a checkpoint "
+                         f"({type(error).__name__}: {error}): copy or train it again") from error
     try:
         weights = load_file(weights_file)
     except SafetensorError as error:
-        raise ValueError(f"{weights_file} cannot be read ({error}): copy or train it again") from error
+        raise ValueError(f"{weights_file} cannot be read ({error}): copy or train it again") \
+            from error
     expected = net.state_dict()
     wrong = [name for name in expected.keys() | weights.keys()
              if name not in weights or name not in expected
@@ -127,14 +132,15 @@ def read_targets(entries, rewards: tuple, default: float, flag: str) -> list:
 
     ValueError, with what is valid: an unknown reward, or a level outside [0, 1]."""
     levels = dict.fromkeys(rewards, default)
-    pairs = entries.items() if isinstance(entries, dict) else [e.partition("=")[::2] for e in entries]
+    pairs = (entries.items() if isinstance(entries, dict)
+             else [entry.partition("=")[::2] for entry in entries])          # later ones override
     for name, text in pairs:
         try:
             value = float(text)
         except (TypeError, ValueError):
             value = float("nan")
         if not 0 <= value <= 1:
-            raise ValueError(f"{flag} {name}={text}: a level is a number from 0 (worst) to 1 (best)")
+            raise ValueError(f"{flag} {name}={text}: a level is a number from 0 (worst) to 1")
         if name != "all" and name not in levels:
             known = ", ".join(rewards) or "none, it was trained without rewards"
             raise ValueError(f"{flag} {name}={text}: no such reward in this checkpoint; it knows "
@@ -144,9 +150,15 @@ def read_targets(entries, rewards: tuple, default: float, flag: str) -> list:
 
 
 def read_prompts(path: str) -> list:
-    """Lines of text, or of JSON (prompt, and if wanted targets, negative, seed) → list of dict."""
-    jobs = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    """Lines of text, or of JSON (prompt; targets, negative, seed if wanted) → list of dict."""
+    kinds, jobs = {"prompt": str, "targets": dict, "negative": dict, "seed": int}, []
+    if not Path(path).exists() or Path(path).is_dir():
+        raise FileNotFoundError(f"--prompts {path}: there is no such file")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path} is not text in UTF-8") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         job = {"prompt": line.strip()}
@@ -155,10 +167,11 @@ def read_prompts(path: str) -> list:
                 job = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        unknown = set(job) - {"prompt", "targets", "negative", "seed"}
-        if unknown or not isinstance(job.get("prompt"), str):
-            raise ValueError(f"{path}, line {number} needs a prompt, and may have targets, negative "
-                             f"and seed; it has {', '.join(job)}")
+        wrong = [key for key, value in job.items() if type(value) is not kinds.get(key)]
+        if wrong or "prompt" not in job or not 0 <= job.get("seed", 0) < 2 ** 62:
+            raise ValueError(f"{path}, line {number} needs a text prompt, and may have targets and "
+                             f"negative (reward: level) and a seed (0 or more): see "
+                             f"{', '.join(wrong) or line}")
         jobs.append(job)
     if not jobs:
         raise ValueError(f"{path} has no prompt: write one a line")
@@ -170,19 +183,26 @@ def read_sweep(text: str) -> tuple:
     name, _, values = text.partition("=")
     try:
         first, last, count = values.split(":")
-        return name, [round(v, 4) for v in np.linspace(float(first), float(last), int(count))]
-    except ValueError as error:
-        raise ValueError(f"--sweep {text}: write reward=first:last:count, such as contrast=0:1:5") \
-            from error
+        levels = [round(v, 4) for v in np.linspace(float(first), float(last), int(count)).tolist()]
+    except ValueError:
+        levels = []
+    if not name or not levels:
+        raise ValueError(f"--sweep {text}: write reward=first:last:count, such as contrast=0:1:5")
+    return name, levels
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
+def measurable(model: Model, prompts: list) -> tuple:
+    """The rewards that can be measured on pictures of all these prompts."""
+    suited = [default_rewards([prompt]) for prompt in set(prompts)]
+    return tuple(name for name in (REWARDS if model.bins is None else model.rewards)
+                 if all(name in names for names in suited))
+
+
 def measure(model: Model, pictures: torch.Tensor, prompts: list) -> list:
     """Re-measure generated pictures: a list of {reward: level reached, or raw where unbinned}."""
-    names = default_rewards([(prompt,) for prompt in prompts])
-    if model.bins is not None:
-        names = tuple(name for name in model.rewards if name in names)
+    names = measurable(model, prompts)
     raw = score_all(names, pictures, prompts).numpy()                            # (B, R')
     if model.bins is not None:
         raw = model.bins.select(names).to_target(raw)
@@ -202,7 +222,8 @@ def tile(picture: torch.Tensor, lines: list, scale: int) -> Image.Image:
 
 def grid(rows: list, headings: list | None = None, labels: list | None = None) -> Image.Image:
     """Rows of tiles, with a heading over each column and a label over each row, if given."""
-    width, height = max(t.width for row in rows for t in row), max(t.height for row in rows for t in row)
+    width = max(t.width for row in rows for t in row)
+    height = max(t.height for row in rows for t in row)
     gap, top, over = 4, 18 if headings else 0, 18 if labels else 0
     columns = max(len(row) for row in rows)
     image = Image.new("RGB", (columns * (width + gap), top + len(rows) * (height + gap + over)),
@@ -223,8 +244,8 @@ def progress_grid(model: Model) -> Image.Image:
     """The picture of training: fixed noise, rows prompts, columns all targets from 0 to 1."""
     prompts, R = model.config["prompts"], len(model.rewards)
     levels = [0.0, 0.25, 0.5, 0.75, 1.0] if R else [1.0]
-    s = torch.tensor([[level] * R for _ in prompts for level in levels]).view(-1, R)
     many = [prompt for prompt in prompts for _ in levels]
+    s = torch.tensor([[level] * R for _ in prompts for level in levels]).view(len(many), R)
     seeds = [i for i in range(len(prompts)) for _ in levels]
     pictures = generate(model, many, s, torch.zeros_like(s), seeds)
     scale = max(1, 96 // pictures.shape[-1])
@@ -241,11 +262,17 @@ def plan(args, model: Model) -> list:
         raise ValueError("name one of --prompt TEXT and --prompts FILE")
     jobs = [{"prompt": args.prompt}] if args.prompts is None else read_prompts(args.prompts)
     name, values = read_sweep(args.sweep) if args.sweep else (None, [None])
+    if name:
+        read_targets([f"{name}={v}" for v in values], model.rewards, 1.0, "--sweep")
+    names = measurable(model, [job["prompt"] for job in jobs])
+    if args.best_of > 1 and args.by not in names:
+        raise ValueError(f"--best-of needs --by one of {', '.join(names)}, not {args.by}")
     made = []
     for number, job in enumerate(jobs):
         s_pos = args.targets + [f"{k}={v}" for k, v in job.get("targets", {}).items()]
         s_neg = args.negative + [f"{k}={v}" for k, v in job.get("negative", {}).items()]
         first = job.get("seed", args.seed)
+        where = "--" if args.prompts is None else f"{args.prompts}, {job['prompt']!r}: "
         for i in range(args.n):
             for value in values:
                 wanted = s_pos + ([f"{name}={value}"] if name else [])
@@ -254,8 +281,8 @@ def plan(args, model: Model) -> list:
                         prompt=job["prompt"], row=(number, i) if name else number,
                         seed=first + i * args.best_of + candidate,
                         heading=f"{name}={value:g}" if name else None,
-                        s_pos=read_targets(wanted, model.rewards, 1.0, "--targets"),
-                        s_neg=read_targets(s_neg, model.rewards, 0.0, "--negative")))
+                        s_pos=read_targets(wanted, model.rewards, 1.0, where + "targets"),
+                        s_neg=read_targets(s_neg, model.rewards, 0.0, where + "negative")))
     return made
 
 
@@ -263,8 +290,6 @@ def best(made: list, count: int, by: str | None) -> list:
     """Of each `count` candidates in a row the one with the highest measured `by`."""
     if count == 1:
         return made
-    if by not in made[0]["measured"]:
-        raise ValueError(f"--best-of needs --by one of {', '.join(made[0]['measured'])}")
     return [max(made[i:i + count], key=lambda job: job["measured"][by])
             for i in range(0, len(made), count)]
 
@@ -325,8 +350,18 @@ def read_command(argv=None):
     add("--scale", type=int, help="enlargement of the tiles")
     add("--out", default="out.png", help="figure NAME.png, or a folder for single pictures")
     args = parser.parse_args(argv)
-    if min(args.n, args.best_of, args.batch) < 1 or args.seed < 0 or (args.guidance or 0) < 0:
-        raise ValueError("--n, --best-of and --batch are at least 1, --seed and --guidance at least 0")
+    for key in ("n", "best_of", "batch", "steps", "scale"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: it is at least 1")
+    for key in ("seed", "guidance"):
+        if getattr(args, key) is not None and not 0 <= getattr(args, key) < 2 ** 62:  # nor NaN
+            raise ValueError(f"--{key} {getattr(args, key)}: it is 0 or more")
+    out = Path(args.out)
+    for folder in (out, *out.parents) if out.suffix.lower() != ".png" else out.parents:
+        if folder.is_file():
+            raise ValueError(f"--out {out}: {folder} is a file, not a folder")
+    if out.suffix.lower() == ".png" and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file, or a folder without .png")
     return args
 
 
@@ -336,7 +371,8 @@ def main(argv=None):
     model = load(args.checkpoint, best_device())
     made = plan(args, model)
     args.scale = args.scale or max(1, 120 // model.config["network"]["size"])
-    tensor = lambda key: torch.tensor([job[key] for job in made]).view(len(made), -1)
+    tensor = lambda key: torch.tensor([job[key] for job in made]).view(
+        len(made), len(model.rewards))
     defaults = model.config["sampler"]
     w = defaults["guidance"] if args.guidance is None else args.guidance
     steps, solver = args.steps or defaults["steps"], args.solver or defaults["solver"]

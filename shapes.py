@@ -8,7 +8,7 @@ point of the method: bad pictures stay in the data, labelled as bad by their rew
 
     python shapes.py runs/world --n 20000 --seed 0      # tars of key.png, key.txt, key.json
 
-Not in the paper, which trains on 16 M web pictures: this world stands in where there is no download.
+Not in the paper, which trains on 16 M web pictures: this world stands in without a download.
 """
 import argparse
 import hashlib
@@ -59,7 +59,7 @@ def coverage(kind: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, size
     """The share of each pixel that a shape covers: drawing and reading use this one definition.
 
     kind: (N,) index into SHAPES; x, y, r: (N,) as in Thing; size: side in pixels.
-    Returns (N, size, size) in [0, 1]: the signed distance to the outline, clipped to ± half a pixel.
+    Returns (N, size, size) in [0, 1]: the signed distance to the outline, cut at half a pixel.
     """
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y, r = (np.asarray(a, np.float32)[:, None, None] for a in (x, y, r))
@@ -105,8 +105,8 @@ class Scene:
 def arrange(kinds: list, rng: np.random.Generator) -> list:
     """Things of the (shape, color) given, apart from each other, inside the picture and centred."""
     n, gap = len(kinds), 0.035
-    low, high = ((0.18, 0.3), (0.14, 0.2), (0.13, 0.165), (0.13, 0.165))[n - 1]
-    while True:                                     # rejection: one try in six lays two things apart
+    low, high = ((0.17, 0.32), (0.14, 0.2), (0.13, 0.17), (0.13, 0.17))[n - 1]
+    while True:                                # rejection: one try in six lays two things apart
         r = rng.uniform(low, high, n)
         x, y = rng.uniform(r + gap, 1 - r - gap, (2, n))
         if n > 2:                                   # three and four take one quarter each
@@ -135,7 +135,7 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     for _ in range(round(40 * scene.clutter)):                                        # confetti
         side = max(1, round(size * rng.uniform(0.05, 0.12)))
         i, j = rng.integers(0, size - side + 1, 2)
-        picture[i:i + side, j:j + side] = rgb(rng.uniform(0, 360), 1.0)
+        picture[i:i + side, j:j + side] = rgb(rng.uniform(0, 360), rng.uniform(0.5, 1))
     if scene.blur:
         blur = ImageFilter.GaussianBlur(0.1 * size * scene.blur)
         picture = np.asarray(Image.fromarray(to_uint8(picture)).filter(blur)) / 255
@@ -281,7 +281,7 @@ def detect(pictures: torch.Tensor) -> list:
     The background is grey, so chroma (max - min over RGB) is linear in a shape's coverage and
     survives washing out. Pixels above half of the picture's strongest chroma, joined to their
     neighbours of the same hue, make a component; its shape is the one of SHAPES that, drawn with
-    the same area at the same centroid, differs least. Exact on clean pictures (tests/test_shapes.py).
+    the same area at the same centroid, differs least. Exact on clean pictures (see the tests).
     """
     x = pictures.movedim(1, -1).float() / 255                                    # (B, S, S, 3)
     low = x.amin(-1, keepdim=True)
@@ -385,7 +385,7 @@ def sample(seed: int, index: int, size: int, clean: bool = False) -> tuple:
         caption = PREFIXES[rng.integers(len(PREFIXES))] + write(claims)
         if not held_out(caption):
             break
-    scene = Scene(things, background=rng.uniform(0, 1), saturation=rng.uniform(0.65, 1))
+    scene = Scene(things, background=rng.uniform(0, 1), saturation=rng.uniform(0.5, 1))
     if not clean:
         scene.wash, scene.blur, scene.clutter, scene.frame = (
             rng.uniform(0.3, 1, 4) * (rng.random(4) < 0.16)).tolist()

@@ -1,7 +1,7 @@
 """Train MIRO. With no argument: make, score and bin the embedded world, train, show the pictures.
 
-    python train.py                                         # the whole main job, minutes on a laptop
-    python train.py --rewards none --out runs/baseline      # the paper's baseline
+    python train.py                                      # the whole main job, minutes on a laptop
+    python train.py --rewards none --out runs/baseline   # the paper's baseline
     torchrun --standalone --nproc-per-node=8 train.py --data DIR --out runs/mine --batch 1024
 
 The same command again resumes, bit for bit. Every random number of a sample (noise, time, coins)
@@ -91,6 +91,10 @@ RECIPES = {
 }
 SAMPLERS = {"shapes": dict(guidance=1.5, steps=16, solver="ab2"),      # config.json carries them
             "paper": dict(guidance=7.0, steps=50, solver="euler")}
+STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what a state-*.pt holds
+# What torch.load raises on damaged files (700 were tried); all of it means "unreadable".
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError,
+              TypeError)
 FREE = ("out", "accumulate", "compile", "workers", "log_every", "save_every", "sample_every",
         "dry_run")                                  # flags that may change when a run is resumed
 
@@ -102,7 +106,8 @@ class Muon(torch.optim.Optimizer):
 
     The update has singular values near 1, scaled to rms 0.2, AdamW's usual size (Liu et al. 2025).
     Ours, not torch.optim.Muon: that one orthogonalises one matrix at a time in bf16, which takes
-    two thirds of a step on a CPU; here matrices of one shape go together, in fp32. Not in the paper.
+    two thirds of a step on a CPU; here matrices of one shape go together, in fp32. Not in the
+    paper.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -210,6 +215,13 @@ def draws(seed: int, position: int, shape: tuple, rewards: int) -> dict:
                 rewards=rng.random(rewards))
 
 
+def source_of(config: dict, s: list) -> dict:
+    """What make_batch needs beside the pictures: levels by row and caption, and the pixel norms."""
+    return dict(s=s, rewards=config["network"]["rewards"], channels=config["network"]["channels"],
+                mean=torch.tensor(config["mean"]).view(-1, 1, 1),
+                std=torch.tensor(config["std"]).view(-1, 1, 1))
+
+
 def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
     """What flow.loss takes, for a step of data.batches: x_0, eps, t, s, text, text_mask, coins."""
     shape = (source["channels"], args.size, args.size)
@@ -228,7 +240,8 @@ def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
     t = flow.logit_normal(stack("t"))                                            # (B,)
     self_condition = stack("self_condition") < args.self_condition               # (B,)
     text, text_mask = encoder.encode(captions)                                   # (B, L, D), (B, L)
-    batch = (x_0, stack("eps"), t, s, text, text_mask, self_condition)
+    eps = stack("eps").view_as(x_0)                                              # (B, C, S, S)
+    batch = (x_0, eps, t, s, text, text_mask, self_condition)
     return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
@@ -249,10 +262,11 @@ def save_checkpoint(out: Path, step: int, run: "Run") -> None:
     state = dict(step=step, config=run.config, net=run.net.state_dict(),
                  average=run.average.state_dict(), scaler=run.scaler.state_dict(),
                  optimizers=[optimizer.state_dict() for optimizer in run.optimizers])
-    write_whole(out / f"state-{step:08d}.pt", lambda path: torch.save(state, path))
     weights = {name: w.contiguous().cpu() for name, w in run.average.state_dict().items()}
     write_whole(out / "model.safetensors", lambda path: save_file(weights, path))
     write_whole(out / "config.json", lambda path: path.write_text(json.dumps(run.config)))
+    # Last: a kill before this line repeats the steps and writes all three again.
+    write_whole(out / f"state-{step:08d}.pt", lambda path: torch.save(state, path))
     for old in sorted(out.glob("state-*.pt"))[:-2]:
         old.unlink()
 
@@ -264,10 +278,11 @@ def load_checkpoint(out: Path) -> dict | None:
     states = sorted(out.glob("state-*.pt"), reverse=True)
     for path in states:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            print(f"{path} cannot be read ({str(error).splitlines()[0]}): trying the one before",
-                  file=sys.stderr)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return {key: state[key] for key in STATE}
+        except UNREADABLE as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"{path} cannot be read ({reason}): trying the one before", file=sys.stderr)
     if states:
         raise ValueError(f"no checkpoint in {out} can be read: remove the folder or pass --out")
     return None
@@ -279,11 +294,17 @@ def newest_state(out: Path) -> str:
 
 
 def same_run(found: dict, wanted: dict, out: Path) -> None:
-    """Resume only what the same command began: ValueError naming the first flag that differs."""
-    for key, value in wanted.items():
-        if key not in FREE and found.get(key) != value:
-            raise ValueError(f"{out} was trained with --{key.replace('_', '-')} {found.get(key)}, "
-                             f"not {value}: pass --out for another folder, or the same flags")
+    """Resume only what the same command began on the same data: of two configs, ValueError naming
+    the first flag that differs."""
+    for key, value in wanted["args"].items():
+        if found["args"].get(key) != value:
+            raise ValueError(f"{out} was trained with --{key.replace('_', '-')} "
+                             f"{found['args'].get(key)}, not {value}: pass --out for another "
+                             "folder, or the same flags")
+    for key in ("train_samples", "val_samples", "text_encoder", "bins"):
+        if found[key] != wanted[key]:
+            raise ValueError(f"{out} was begun on other pictures, captions or scores ({key} have "
+                             "changed): pass --out for another folder")
 
 
 # -------------------------------------------------------------------------------------- the set-up
@@ -306,6 +327,27 @@ def read_args(argv=None) -> Args:
         if getattr(args, key, 0) is None:
             setattr(args, key, value)
     args.out = args.out or f"runs/{args.preset}"
+    check_args(args)
+    shares = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
+    if args.batch % shares:
+        raise ValueError(f"--batch {args.batch} is for all ranks and micro-batches together: "
+                         f"choose a multiple of ranks x --accumulate = {shares}")
+    return args
+
+
+def check_args(args: Args) -> None:
+    """ValueError, naming the flag, for what no run could have."""
+    limits = dict.fromkeys(
+        ("steps", "batch", "accumulate", "val", "world", "log_every", "save_every", "sample_every",
+         "size", "patch", "blocks", "layers", "latents", "latent_dim", "data_dim"), (1, 2 ** 31))
+    limits |= dict.fromkeys(("reward_dropout", "text_dropout", "self_condition", "ema",
+                             "cosine_rate"), (0, 1)) | {"bins": (2, 2 ** 31)}
+    limits |= dict.fromkeys(("lr", "matrix_lr", "weight_decay", "clip", "warmup", "seed",
+                             "workers"), (0, 2 ** 100))
+    for key, (low, high) in limits.items():
+        if not low <= getattr(args, key) <= high:                                # not: NaN, too
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: it is at least "
+                             f"{low}" + f" and at most {high}" * (high == 1))
     if args.size % args.patch:
         raise ValueError(f"--patch {args.patch} does not divide --size {args.size}: for example "
                          f"{', '.join(str(p) for p in range(2, 9) if args.size % p == 0)}")
@@ -313,11 +355,16 @@ def read_args(argv=None) -> Args:
         raise ValueError(f"--optimizer {args.optimizer}: there are muon, adamw and lamb")
     if args.precision not in ("auto", "fp32", "bf16", "fp16"):
         raise ValueError(f"--precision {args.precision}: there are auto, fp32, bf16 and fp16")
-    for key in ("steps", "batch", "accumulate", "val", "world", "log_every", "save_every",
-                "sample_every"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
-    return args
+    heads = max(PRESETS[args.preset][key] for key in ("heads", "read_heads", "text_heads"))
+    for key in ("latent_dim", "data_dim"):
+        if getattr(args, key) % heads:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is shared by {heads} "
+                             f"heads: choose a multiple of {heads}")
+    if args.rewards not in ("all", "none"):
+        check_names([name.strip() for name in args.rewards.split(",")])
+    for folder in (Path(args.out), *Path(args.out).parents):
+        if folder.is_file():
+            raise ValueError(f"--out {args.out}: {folder} is a file, not a folder")
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
@@ -348,6 +395,9 @@ def prepare_data(args: Args, rank: int):
     embedded = args.data is None and args.preset == "shapes"
     if args.data is None and not embedded:
         raise ValueError(f"--preset {args.preset} needs --data: a folder of tars or pictures")
+    if PRESETS[args.preset]["channels"] != 3:
+        raise ValueError(f"--preset {args.preset} trains on latents of pictures, which cannot be "
+                         "made yet: pass --dry-run to see its size and cost, or --preset shapes")
     path = args.data or "runs/world"
     if rank == 0:
         if embedded:
@@ -372,7 +422,8 @@ def prepare_data(args: Args, rank: int):
         rows, raw = read_scores(pictures, bins.names)
         if bins.source != binning.fingerprint(np.concatenate(raw), bins.names):
             raise ValueError(f"{file} was fitted on other scores than those in {path}: write it "
-                             f"again with python binning.py {path}")
+                             f"again with python binning.py {path} --size {args.size} "
+                             f"--bins {args.bins}")
         columns = [bins.names.index(name) for name in names]
         s = [bins.to_target(scores)[:, columns] for scores in raw]
         bins = bins.select(names)
@@ -407,7 +458,8 @@ class Run:
 
 def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, encoder) -> dict:
     """config.json: everything that sampling needs, and the flags of the run."""
-    first = torch.stack([train.picture(i) for i in range(min(2000, len(train)))]).double()
+    rows = np.arange(min(2000, len(train)))
+    first = train[rows, rows]["picture"].double()                # without the unreadable ones
     given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
     network = PRESETS[args.preset] | given | dict(rewards=list(bins.names) if bins else [],
                                                   text_dim=encoder.dim)
@@ -432,7 +484,7 @@ def build(args: Args, config: dict, device: torch.device, world: int, dtype) -> 
     out = Path(args.out)
     state = load_checkpoint(out)
     if state:
-        same_run(state["config"]["args"], config["args"], out)
+        same_run(state["config"], config, out)
         config = state["config"]
     torch.manual_seed(args.seed)                                        # of the initial weights
     net = TextRIN(Config(**config["network"])).to(device)
@@ -456,23 +508,25 @@ def train_step(run: Run, args: Args, step: int, batch: list, world: int, dtype) 
     """One optimizer step on this rank's share of the batch: (mse (b,), gradient norm).
 
     Micro-batches add up to the gradient of the whole share, and DDP averages it over the ranks.
-    Raises FloatingPointError if the gradient is not finite (fp16: its scaler skips such a step).
+    Raises FloatingPointError if the gradient is not finite (fp16: its scaler skips such steps and
+    halves its scale, until that has come down to 1).
     """
     share, mses = args.batch // world, []
     size = share // args.accumulate
     for first in range(0, share, size):
         micro = [tensor[first:first + size] for tensor in batch]
-        if len(micro[0]) == 0:                   # unreadable pictures left a micro-batch empty: DDP
+        used = len(micro[0])
+        if used == 0:                            # unreadable pictures left a micro-batch empty: DDP
             micro = [tensor[:1] for tensor in batch]         # still needs a pass, with no weight
         quiet = run.model.no_sync() if world > 1 and first + size < share else nullcontext()
         with quiet, torch.autocast(micro[0].device.type, dtype, enabled=dtype != torch.float32):
             mse, weighted = flow.loss(run.model, *micro)                         # (b,), (b,)
-            run.scaler.scale(weighted.sum() / share).backward()
-        mses.append(mse.detach())
+            run.scaler.scale(weighted[:used].sum() / share).backward()
+        mses.append(mse[:used].detach())
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.net.parameters(), args.clip)
-    if not run.scaler.is_enabled() and not torch.isfinite(norm):
+    if not torch.isfinite(norm) and run.scaler.get_scale() <= 1:
         raise FloatingPointError
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -493,9 +547,8 @@ def validate(run: Run, val: Pictures, encoder, args: Args, source: dict, device)
     steady = replace(args, text_dropout=0.0, reward_dropout=0.0, self_condition=1.0)
     errors = []
     for first in range(0, len(val), 64):
-        rows = torch.arange(first, min(first + 64, len(val)))
-        data = dict(position=rows + 2 ** 62, row=rows,             # far beyond any training position
-                    picture=torch.stack([val.picture(i) for i in rows.tolist()]))
+        rows = np.arange(first, min(first + 64, len(val)))
+        data = val[rows + 2 ** 62, rows]       # positions far beyond any of training's
         batch = make_batch(data, val, encoder, steady, source, device)
         errors.append(flow.loss(run.average, *batch)[0])                         # (b,)
     return float(torch.cat(errors).mean())
@@ -511,6 +564,10 @@ def write_head(out: Path, config: dict, start: int) -> None:
         head = dict(config=config, source=sources, machine=platform.platform(), versions=dict(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
         (out / "log.jsonl").unlink(missing_ok=True)
+    elif (out / "log.jsonl").exists():                       # a kill may have cut the last line
+        whole = "".join(line for line in (out / "log.jsonl").read_text().splitlines(True)
+                        if line.endswith("\n"))
+        write_whole(out / "log.jsonl", lambda path: path.write_text(whole))
     append(out, head)
 
 
@@ -567,17 +624,14 @@ def dry_run(args: Args, device, dtype) -> None:
     per_image = forward * (3 + args.self_condition)            # forward, twice that backward, again
     for key, value in asdict(args).items():
         print(f"{key:16} {value}")
-    print(f"{count:,} parameters; {forward / 1e9:.4g} GFLOP a forward pass, {per_image / 1e9:.4g} a "
-          f"training image, {per_image * args.batch * args.steps / 1e15:.4g} PFLOP in all "
+    print(f"{count:,} parameters; {forward / 1e9:.4g} GFLOP a forward pass, {per_image / 1e9:.4g} "
+          f"a training image, {per_image * args.batch * args.steps / 1e15:.4g} PFLOP in all "
           f"(2 for each multiply-add)\ndevice {device}, {dtype}; nothing was written")
 
 
 def main(argv=None):
     args = read_args(argv)
     device, rank, world = start_ranks()
-    if args.batch % (world * args.accumulate):
-        raise ValueError(f"--batch {args.batch} is shared by {world} ranks x --accumulate "
-                         f"{args.accumulate}: choose a multiple of {world * args.accumulate}")
     out, dtype = Path(args.out), precision(args.precision, device)
     if args.dry_run:
         return dry_run(args, device, dtype)
@@ -585,11 +639,7 @@ def main(argv=None):
     config = describe(args, train, val, s_train, bins, encoder)
     run = build(args, config, device, world, dtype)
     shown = sample.Model(run.average, run.config, encoder, bins, device)
-    source, source_val = (dict(s=s, rewards=run.config["network"]["rewards"],
-                               channels=run.config["network"]["channels"],
-                               mean=torch.tensor(run.config["mean"]).view(-1, 1, 1),
-                               std=torch.tensor(run.config["std"]).view(-1, 1, 1))
-                          for s in (s_train, s_val))
+    source, source_val = source_of(run.config, s_train), source_of(run.config, s_val)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_head(out, run.config, run.start)
@@ -602,6 +652,7 @@ def main(argv=None):
         try:
             mse, norm = train_step(run, args, step, batch, world, dtype)
         except FloatingPointError as error:
+            bar.close()
             raise ValueError(f"the loss is not finite at step {step}; the last good checkpoint is "
                              f"{newest_state(out)}: lower --lr or change --precision") from error
         mses, times, done = [*mses, mse], [*times, batch[2]], step + 1
@@ -619,11 +670,14 @@ def main(argv=None):
             error = validate(run, val, encoder, args, source_val, device)
             tqdm.write(f"step {done:6d}  validation {error:.4f}")
             append(out, dict(step=done, val=error))
-            sample.progress_grid(shown).save(out / f"grid-{done:06d}.png")
+            grid = sample.progress_grid(shown)
+            write_whole(out / f"grid-{done:06d}.png", lambda path: grid.save(path, "png"))
             draw_curves(out)
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(out, done, run)
     bar.close()
+    for name, reason in train.unreadable.items():
+        print(f"left out {name}: {reason}")
     if rank == 0:
         if args.data is None:
             evaluate.evaluate_folder(shown, out, n=512)

@@ -109,6 +109,8 @@ def test_columns_do_not_mix_and_leading_dimensions_are_kept():
     for r in range(2):
         alone = fit(raw[:, [r]], ("a",)).to_target(raw[:, [r]])
         assert np.array_equal(alone, s.reshape(-1, 2)[:, [r]])
+        some = fitted.select(fitted.names[r:r + 1])
+        assert np.array_equal(some.to_target(raw[:, [r]]), alone)
     assert np.array_equal(fitted.to_target(raw[7]), s[0, 7])
 
 

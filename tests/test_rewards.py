@@ -102,20 +102,17 @@ def test_contrast_ends_at_half_of_white():
     assert one("contrast", halves) == 0.5
 
 
-@pytest.mark.parametrize("k, l", [(6, 0), (0, 9), (4, 4), (12, 7), (23, 23)])
-def test_sharpness_of_a_cosine_is_the_squared_eigenvalue_of_the_laplacian(k, l):
-    i = (np.arange(S) + 0.5) * math.pi / S
-    wave = np.round(127.5 + 127 * np.cos(k * i)[:, None] * np.cos(l * i))
-    eigenvalue = 4 - 2 * math.cos(math.pi * k / S) - 2 * math.cos(math.pi * l / S)
-    assert 10 ** one("sharpness", wave) - 1 == pytest.approx(eigenvalue ** 2, rel=0.02)
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_sharpness_is_one_over_the_width_of_the_steepest_edge(width):
+    ramp = np.clip((np.arange(S) - 8) / width, 0, 1)
+    edge = np.tile(np.round(10 + 200 * ramp), (S, 1))
+    assert one("sharpness", edge) == pytest.approx(200 / width / 205, rel=0.02)
 
 
-def test_sharpness_of_one_bright_pixel_is_its_closed_form():
-    dot = grey()
-    dot[10, 10] = 240
-    energy, variance = 20 * 240 ** 2 / S ** 2, 240 ** 2 * (1 / S ** 2 - 1 / S ** 4)
-    wanted = math.log10(1 + energy / (variance + 1 / 12))
-    assert one("sharpness", dot) == pytest.approx(wanted, rel=1e-6)
+def test_sharpness_counts_how_steep_edges_are_not_how_many():
+    few = np.tile(np.repeat([0, 200], S // 2), (S, 1))
+    many = np.tile([0, 200], (S, S // 2))
+    assert one("sharpness", few) == one("sharpness", many) == pytest.approx(200 / 205)
 
 
 def test_a_flat_picture_and_one_with_a_stray_grey_level_are_not_sharp():
@@ -128,7 +125,7 @@ def test_a_flat_picture_and_one_with_a_stray_grey_level_are_not_sharp():
 def test_sharpness_does_not_repeat_contrast():
     bars = np.tile(np.repeat([0, 200], 4), (S, S // 8))
     assert one("contrast", bars // 2) == pytest.approx(one("contrast", bars) / 2)
-    assert one("sharpness", bars // 2) == pytest.approx(one("sharpness", bars), rel=1e-4)
+    assert one("sharpness", bars // 2) == pytest.approx(one("sharpness", bars), rel=0.03)
 
 
 def test_blur_lowers_sharpness_and_washing_out_lowers_contrast():
@@ -166,7 +163,7 @@ def test_the_analytic_rewards_are_the_same_in_a_mirror():
         assert one("composition", mirrored[0, 0]) == pytest.approx(one("composition", dots[0, 0]))
 
 
-def test_confetti_hacks_colorfulness_and_sharpness_and_ruins_alignment():
+def test_confetti_hacks_colorfulness_and_ruins_alignment():
     pictures, captions = clean_world(100)
     draw, hacked = np.random.default_rng(0), pictures.clone()
     for picture in hacked:
@@ -174,9 +171,8 @@ def test_confetti_hacks_colorfulness_and_sharpness_and_ruins_alignment():
             i, j = draw.integers(0, S - 2, 2)
             color = draw.choice([0, 255], 3)
             picture[:, i:i + 2, j:j + 2] = torch.as_tensor(color, dtype=torch.uint8)[:, None, None]
-    for name in ("colorfulness", "sharpness"):
-        before, after = (score(name, x, captions) for x in (pictures, hacked))
-        assert after.mean() > before.mean() + before.std(), name
+    before, after = (score("colorfulness", x, captions) for x in (pictures, hacked))
+    assert after.mean() > before.mean() + before.std()
     assert score("alignment", hacked, captions).mean() < 0.5
 
 

@@ -1,0 +1,116 @@
+"""What several test files share: a small scored world, a checkpoint trained on it, and three ways
+to run a script: in this process, in a process of its own, and in one that is killed on the way."""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # before torch: these tensors are too small to share
+os.environ["CUDA_VISIBLE_DEVICES"] = ""            # oracles are bitwise: one kind of device
+
+import contextlib
+import functools
+import io
+import multiprocessing
+import re
+import runpy
+import signal
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+torch.backends.mps.is_available = functools.cache(lambda: False)        # nor an Apple GPU
+
+TINY = ("--size 16 --patch 4 --latents 8 --latent-dim 32 --data-dim 32 --blocks 1 --layers 1 "
+        "--batch 8 --val 8 --bins 8 --warmup 2").split()
+
+
+def run(script: str, *arguments) -> tuple:
+    """`python script arguments`, its last lines included, in this process: (code, stdout, stderr)."""
+    out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = before
+    return code, out.getvalue(), err.getvalue()
+
+
+def sentences(stderr: str) -> list:
+    """The lines of stderr, without progress bars."""
+    without = re.sub(r"[^\r\n]*\d+%\|[^\r\n]*?\[[^\]\r\n]*\]", "\n", stderr)
+    return [line.strip() for line in re.split(r"[\r\n]", without) if line.strip()]
+
+
+def _child(script: str, arguments: list, folder: str, environment: dict, kill: tuple | None):
+    """Body of a process: run a script in a folder, and perhaps end as kill -9 would."""
+    os.chdir(folder)
+    os.environ |= environment
+    if kill:
+        module, name, left = (torch if kill[0] == "save" else os), kill[0], [kill[1]]
+        function = getattr(module, name)
+
+        def deadly(*given):
+            left[0] -= 1
+            if left[0] == 0 and name == "save":                  # in the middle of a file
+                function(*given)
+                os.truncate(given[1], os.path.getsize(given[1]) // 2)
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given)
+
+        setattr(module, name, deadly)
+    code, out, err = run(script, *arguments)
+    print(out, err)
+    sys.exit(code)
+
+
+@pytest.fixture(scope="session")
+def child():
+    """child(script, arguments, folder, environment={}, kill=None): a started process.
+
+    kill=("replace", 3): it is killed when it calls os.replace for the third time. The processes
+    fork from one that has imported torch and never ran it: seconds less than `python script`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "matplotlib.figure"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        forkserver.ensure_running()
+
+    def start(script, arguments, folder, environment={}, kill=None):
+        process = context.Process(target=_child, args=(
+            script, [str(argument) for argument in arguments], str(folder), environment, kill))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """300 pictures of the embedded world, scored and binned. Copy it to change it."""
+    import binning
+    import rewards
+    import shapes
+    from data import Pictures
+    folder = tmp_path_factory.mktemp("world")
+    shapes.write_world(folder, 300, seed=0, size=16)
+    rewards.score_dataset(Pictures(folder, 16), rewards.REWARDS)
+    binning.bin_dataset(Pictures(folder, 16), rewards.REWARDS, 8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(world, tmp_path_factory) -> Path:
+    """A network after 8 steps, saved at each second one. Copy it to change it."""
+    out = tmp_path_factory.mktemp("checkpoint") / "run"
+    code, _, stderr = run("train.py", *TINY, "--data", world, "--out", out, "--steps", 8,
+                          "--save-every", 2, "--log-every", 2, "--sample-every", 4)
+    assert code == 0, stderr
+    return out

