@@ -105,7 +105,7 @@ class Scene:
 def arrange(kinds: list, rng: np.random.Generator) -> list:
     """Things of the (shape, color) given, apart from each other, inside the picture and centred."""
     n, gap = len(kinds), 0.035
-    low, high = ((0.17, 0.32), (0.14, 0.2), (0.13, 0.17), (0.13, 0.17))[n - 1]
+    low, high = ((0.2, 0.34), (0.15, 0.2), (0.14, 0.19), (0.14, 0.19))[n - 1]
     while True:                                # rejection: one try in six lays two things apart
         r = rng.uniform(low, high, n)
         x, y = rng.uniform(r + gap, 1 - r - gap, (2, n))

@@ -78,7 +78,7 @@ def child():
     fork from one that has imported torch and never ran it: seconds less than `python script`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "matplotlib.figure"])
+    context.set_forkserver_preload(["train", "matplotlib.figure", "torch._dynamo", "pytest"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         forkserver.ensure_running()

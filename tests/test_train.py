@@ -232,6 +232,7 @@ def test_unreadable_pictures_take_nothing_but_their_own_share_from_a_step(parts,
         assert (way - alone).norm() < 1e-5 * alone.norm()
 
 
+@pytest.mark.filterwarnings("ignore:std")                  # of no value at all
 def test_a_batch_without_a_readable_picture_moves_nothing(parts):
     nothing = {key: value[:0] for key, value in parts.step.items()}
     batch = train.make_batch(nothing, parts.train, parts.encoder, parts.args, parts.source, CPU)
@@ -400,8 +401,7 @@ def test_kill_9_at_any_moment_of_a_checkpoint_loses_nothing(world, checkpoint, c
     process.join()
     assert process.exitcode == 0
     assert_equal_runs(tmp_path / "run", checkpoint)
-    assert not list((tmp_path / "run").glob("state-*[246].pt*")) or len(
-        list((tmp_path / "run").glob("state-*.pt"))) == 2
+    assert len(list((tmp_path / "run").glob("state-*.pt"))) == 2
 
 
 def test_kill_9_at_random_moments_loses_nothing(world, checkpoint, child, tmp_path):
@@ -430,7 +430,7 @@ def test_a_finished_run_stays_as_it_is_when_its_command_runs_again(world, checkp
 
 DAMAGES = {"half": lambda content: content[:len(content) // 2], "nothing": lambda content: b"",
            "zeros": lambda content: bytes(len(content)), "text": lambda content: b"hello world",
-           "its end": lambda content: content[:-10], "a list": lambda content: pickle.dumps([1, 2])}
+           "its end": lambda content: content[:-10], "a list": lambda content: pickle.dumps([1, 2], 2)}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
