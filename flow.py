@@ -19,11 +19,10 @@ def path(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return (1 - t) * x_0 + t * eps                                               # (B, C, H, W)
 
 
-def logit_normal(normal: torch.Tensor) -> torch.Tensor:
-    """Times from N(0, 1) numbers: most at the middle of the path, where the task is hardest.
-
-    The released recipe; the paper's text has t uniform."""
-    return torch.sigmoid(normal)                                                 # (B,)
+def logit_normal(normal: torch.Tensor, mean: float = 0.0) -> torch.Tensor:
+    """Times from N(0, 1) numbers: most in the middle of the path (mean 0: the released recipe; the
+    paper's text has t uniform), or nearer to the noise (mean above 0)."""
+    return torch.sigmoid(normal + mean)                                          # (B,)
 
 
 def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
@@ -58,9 +57,17 @@ def guide(v_pos: torch.Tensor, v_neg: torch.Tensor, w: float) -> torch.Tensor:
     return v_pos + w * (v_pos - v_neg)
 
 
+def step_times(steps: int, shift: float = 1.0) -> list:
+    """Times of a sampler's steps, 1 to 0: shift t / (1 + (shift - 1) t) of even t (Esser et al.
+    2024). Above 1 more steps are near the noise, where the content of small pictures is decided;
+    1, even steps, is the release's."""
+    t = torch.linspace(1, 0, steps + 1)                                          # (steps + 1,)
+    return (shift * t / (1 + (shift - 1) * t)).tolist()
+
+
 @torch.no_grad()
 def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_neg=None, w=0.0,
-           steps=50, solver="euler", interval=(0.0, 1.0), progress=None):
+           steps=50, solver="euler", shift=1.0, interval=(0.0, 1.0), progress=None):
     """Integrate dx/dt = v̂ from noise (t = 1) to data (t = 0): eps (B, C, H, W) → x_0.
 
     s_pos, s_neg (B, R): the levels asked for and the levels to move away from.
@@ -68,6 +75,7 @@ def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_n
         paper (the release puts the empty caption there).
     solver: "euler", or "ab2" (Adams-Bashforth of second order: as many evaluations, but each step
         extrapolates the velocity from the last two; not in the paper).
+    shift: see step_times.
     interval: guidance acts for interval[0] <= t <= interval[1] (Kynkäänniemi et al. 2024), and
         outside of it, as with w = 0, the negative branch costs nothing.
     progress: called after each step.
@@ -80,8 +88,8 @@ def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_n
     s_both = torch.cat([s_pos, s_neg])                                           # (2B, R)
     text_both = torch.cat([text, text_neg])                                      # (2B, L, D)
     mask_both = torch.cat([text_mask, text_mask_neg])                            # (2B, L)
-    x_t, z, v_last, B = eps, None, None, len(eps)
-    times = torch.linspace(1, 0, steps + 1).tolist()
+    x_t, z, v_last, last, B = eps, None, None, None, len(eps)
+    times = step_times(steps, shift)
     for now, after in zip(times[:-1], times[1:]):
         t = torch.full((B,), now, device=eps.device)                             # (B,)
         if w != 0 and interval[0] <= now <= interval[1]:
@@ -94,8 +102,10 @@ def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_n
             z = z[:B] if z is not None else None
             v, z, _ = model(x_t, t, s_pos, text, text_mask, z)                   # (B, C, H, W)
             v = v.float()
-        slope = v if solver == "euler" or v_last is None else 1.5 * v - 0.5 * v_last
-        x_t, v_last = x_t + (after - now) * slope, v                             # (B, C, H, W)
+        slope, step = v, after - now
+        if solver == "ab2" and v_last is not None:          # the line through the last two, midway
+            slope = v + (v - v_last) * step / last / 2                           # (B, C, H, W)
+        x_t, v_last, last = x_t + step * slope, v, step                          # (B, C, H, W)
         if progress is not None:
             progress()
     return x_t

@@ -93,11 +93,11 @@ def noise(seeds: list, shape: tuple) -> torch.Tensor:
 
 def generate(model: Model, prompts: list, s_pos: torch.Tensor, s_neg: torch.Tensor, seeds: list,
              guidance=None, steps=None, solver=None, interval=(0.0, 1.0), negative_prompt=None,
-             batch=64, progress=None) -> torch.Tensor:
+             batch=64, progress=None, shift=None) -> torch.Tensor:
     """Pictures of prompts (B), at levels s_pos, s_neg (B, R), from noise of seeds (B).
 
-    guidance, steps, solver: None takes the checkpoint's own. negative_prompt: the caption of the
-    negative branch, None = the same caption. Returns uint8 (B, 3, S, S) on the CPU.
+    guidance, steps, solver, shift: None takes the checkpoint's own. negative_prompt: the caption
+    of the negative branch, None = the same caption. Returns uint8 (B, 3, S, S) on the CPU.
     """
     c, defaults = model.config["network"], model.config["sampler"]
     eps = noise(seeds, (c["channels"], c["size"], c["size"]))                    # (B, C, S, S)
@@ -108,7 +108,7 @@ def generate(model: Model, prompts: list, s_pos: torch.Tensor, s_neg: torch.Tens
     x = [flow.sample(model.net, *(a[i:i + batch] for a in tensors),
                      w=defaults["guidance"] if guidance is None else guidance,
                      steps=steps or defaults["steps"], solver=solver or defaults["solver"],
-                     interval=interval, progress=progress)
+                     shift=shift or defaults["shift"], interval=interval, progress=progress)
          for i in range(0, len(prompts), batch)]
     mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return (torch.cat(x).cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
@@ -342,6 +342,7 @@ def read_command(argv=None):
     add("--interval", type=float, nargs=2, default=(0.0, 1.0), help="times t with guidance")
     add("--steps", type=int, help="default: the checkpoint's")
     add("--solver", choices=("euler", "ab2"), help="default: the checkpoint's")
+    add("--shift", type=float, help="above 1: more steps near the noise; default: the checkpoint's")
     add("--seed", type=int, default=0)
     add("--n", type=int, default=1, help="pictures a prompt")
     add("--best-of", type=int, default=1, help="candidates of which the best is kept")
@@ -353,7 +354,7 @@ def read_command(argv=None):
     for key in ("n", "best_of", "batch", "steps", "scale"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: it is at least 1")
-    for key in ("seed", "guidance"):
+    for key in ("seed", "guidance", "shift"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < 2 ** 62:  # nor NaN
             raise ValueError(f"--{key} {getattr(args, key)}: it is 0 or more")
     out = Path(args.out)
@@ -376,22 +377,24 @@ def main(argv=None):
     defaults = model.config["sampler"]
     w = defaults["guidance"] if args.guidance is None else args.guidance
     steps, solver = args.steps or defaults["steps"], args.solver or defaults["solver"]
+    shift = args.shift or defaults["shift"]
     rounds = -(-len(made) // args.batch)
     with tqdm(total=rounds * steps, desc="sampling", unit="step", leave=False) as bar:
         pictures = generate(model, [job["prompt"] for job in made], tensor("s_pos"),
                             tensor("s_neg"), [job["seed"] for job in made], w, steps, solver,
-                            tuple(args.interval), args.negative_prompt, args.batch, bar.update)
+                            tuple(args.interval), args.negative_prompt, args.batch, bar.update,
+                            shift)
     for job, measured in zip(made, measure(model, pictures, [job["prompt"] for job in made])):
         job["measured"] = measured
     by_job = {id(job): picture for job, picture in zip(made, pictures)}
     passes = sum(2 if w and args.interval[0] <= t <= args.interval[1] else 1
-                 for t in torch.linspace(1, 0, steps + 1).tolist()[:-1])
+                 for t in flow.step_times(steps, shift)[:-1])
     names = ", ".join(f"{name}={level:g}" for name, level in zip(model.rewards, made[0]["s_pos"]))
     print(f"targets {names or 'none'}{' ...' if len(made) > 1 else ''}")
     print(f"{len(made)} pictures, {steps} {solver} steps, guidance {w:g}: {passes} network "
           f"evaluations and {passes * flops(model) / 1e12:.4g} TFLOP a picture, "
           f"{time.time() - began:.1f} s")
-    settings = {**vars(args), "guidance": w, "steps": steps, "solver": solver}
+    settings = {**vars(args), "guidance": w, "steps": steps, "solver": solver, "shift": shift}
     save(best(made, args.best_of, args.by), by_job, args, model, settings)
 
 

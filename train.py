@@ -36,7 +36,7 @@ import sample
 from data import Pictures, Words, batches
 from model import PRESETS, Config, TextRIN
 from rewards import (REWARDS, check_names, choose_rewards, default_rewards, read_scores,
-                     score_dataset)
+                     score_all, score_dataset)
 from shapes import TASKS, prompts, write_world
 
 
@@ -65,6 +65,7 @@ class Args:
     cosine_rate: float | None = None # share of the half cosine that is run through
     clip: float = 2.0                # gradient norm
     ema: float | None = None         # decay of the averaged weights, per step
+    t_mean: float | None = None      # mean of logit(t): 0 the release's, above 0 nearer to noise
     self_condition: float | None = None   # share of samples that start from their own latents
     reward_dropout: float = 0.0      # share of reward levels withheld
     text_dropout: float = 0.0        # share of captions replaced by the empty one
@@ -84,13 +85,15 @@ class Args:
 RECIPES = {
     # Found by trials on two CPU cores; README.md has the table.
     "shapes": dict(steps=2400, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
-                   weight_decay=0.0, cosine_rate=1.0, ema=0.995, self_condition=0.5),
+                   weight_decay=0.0, cosine_rate=1.0, ema=0.995, t_mean=1.2, self_condition=0.0),
     # The release's, line by line.
     "paper": dict(steps=500_000, batch=1024, optimizer="lamb", lr=1e-3, matrix_lr=0.0, warmup=5000,
-                  weight_decay=0.01, cosine_rate=0.8, ema=0.9999, self_condition=0.9),
+                  weight_decay=0.01, cosine_rate=0.8, ema=0.9999, t_mean=0.0, self_condition=0.9),
 }
-SAMPLERS = {"shapes": dict(guidance=1.5, steps=16, solver="ab2"),      # config.json carries them
-            "paper": dict(guidance=7.0, steps=50, solver="euler")}
+SAMPLERS = {                                               # config.json carries its preset's
+    "shapes": dict(guidance=1.5, steps=16, solver="ab2", shift=3.0),
+    "paper": dict(guidance=7.0, steps=50, solver="euler", shift=1.0),
+}
 STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what a state-*.pt holds
 # What torch.load raises on damaged files (700 were tried); all of it means "unreadable".
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError,
@@ -237,7 +240,7 @@ def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
     s = torch.from_numpy(np.array(levels, np.float32).reshape(len(drawn), R))    # (B, R)
     s = s.where(stack("rewards").view_as(s) >= args.reward_dropout, -1.0)        # -1: not asked
     x_0 = (step["picture"].float() - source["mean"]) / source["std"]             # (B, C, S, S)
-    t = flow.logit_normal(stack("t"))                                            # (B,)
+    t = flow.logit_normal(stack("t"), args.t_mean)                               # (B,)
     self_condition = stack("self_condition") < args.self_condition               # (B,)
     text, text_mask = encoder.encode(captions)                                   # (B, L, D), (B, L)
     eps = stack("eps").view_as(x_0)                                              # (B, C, S, S)
@@ -587,22 +590,39 @@ def summary(mse: torch.Tensor, t: torch.Tensor, world: int) -> tuple:
     return float(sums[0].sum() / sums[1].sum()), [round(value, 5) for value in by_t]
 
 
+def probe(shown: sample.Model, val: Pictures) -> dict:
+    """Mean native score of each reward on 48 pictures that are asked for at all=1: what a reader of
+    the curves waits for. Captions of the samples kept out, noise 0 to 47."""
+    texts = [captions[0] for captions in val.captions[:48]]
+    names = default_rewards(val.captions)
+    s_pos = torch.ones(len(texts), len(shown.rewards))
+    pictures = sample.generate(shown, texts, s_pos, torch.zeros_like(s_pos), list(range(len(texts))))
+    return dict(zip(names, score_all(names, pictures, texts).mean(0).tolist()))
+
+
 def draw_curves(out: Path) -> None:
-    """curves.png: the loss, by quarters of t, and the validation loss against steps."""
+    """curves.png: the loss, by quarters of t, and the rewards reached at all=1 against steps."""
     from matplotlib.figure import Figure                       # here: sampling never draws curves
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     logged = {line["step"]: line for line in lines if "loss" in line}       # a resume logs twice
-    tested = {line["step"]: line["val"] for line in lines if "val" in line}
-    steps, figure = sorted(logged), Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    tested = {line["step"]: line for line in lines if "val" in line}
+    steps, marks = sorted(logged), sorted(tested)
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     left.plot(steps, [logged[k]["loss"] for k in steps], label="training")
-    left.plot(sorted(tested), [tested[k] for k in sorted(tested)], "o-", label="validation (EMA)")
+    left.plot(marks, [tested[k]["val"] for k in marks], "o-", label="validation (EMA)")
     for quarter in range(4):
-        right.plot(steps, [logged[k]["by_t"][quarter] for k in steps],
-                   label=f"t in [{quarter / 4:g}, {quarter / 4 + 0.25:g}]")
-    for axis in (left, right):
+        middle.plot(steps, [logged[k]["by_t"][quarter] for k in steps],
+                    label=f"t in [{quarter / 4:g}, {quarter / 4 + 0.25:g}]")
+    for axis in (left, middle):
         axis.set(xlabel="step", ylabel="mean squared error of v", yscale="log")
         axis.legend()
+    for name in tested[marks[-1]]["reached"]:
+        values = np.array([tested[k]["reached"][name] for k in marks])
+        right.plot(marks, values / max(1e-9, np.abs(values).max()), "o-",
+                   label=f"{name} (1 = {np.abs(values).max():.3g})")
+    right.set(xlabel="step", ylabel="reached at all=1, of its highest")
+    right.legend()
     write_whole(out / "curves.png", lambda path: figure.savefig(path, format="png"))
 
 
@@ -667,9 +687,11 @@ def main(argv=None):
                            f"lr x {schedule(step, args):5.3f}  {rate:6.0f} img/s")
                 append(out, dict(step=done, loss=loss, by_t=by_t, norm=norm, rate=rate))
         if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
-            error = validate(run, val, encoder, args, source_val, device)
-            tqdm.write(f"step {done:6d}  validation {error:.4f}")
-            append(out, dict(step=done, val=error))
+            error, reached = validate(run, val, encoder, args, source_val, device), probe(shown, val)
+            tqdm.write(f"step {done:6d}  validation {error:.4f}  at all=1: "
+                       + "  ".join(f"{name} {value:.3g}" for name, value in reached.items()))
+            append(out, dict(step=done, val=error, reached=reached,
+                             minutes=bar.format_dict["elapsed"] / 60))
             grid = sample.progress_grid(shown)
             write_whole(out / f"grid-{done:06d}.png", lambda path: grid.save(path, "png"))
             draw_curves(out)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from flow import guide, logit_normal, loss, path, sample
+from flow import guide, logit_normal, loss, path, sample, step_times
 
 torch.set_num_threads(1)
 B, R, L, D = 3, 2, 4, 5                      # samples, rewards, tokens and channels of the text
@@ -40,7 +40,8 @@ class Recorder:
         self.velocity, self.calls = velocity, []
 
     def __call__(self, x_t, t, s, text, text_mask, z=None):
-        self.calls.append(dict(x_t=x_t, t=t, s=s, text=text, text_mask=text_mask, z=z))
+        self.calls.append(dict(x_t=x_t, t=t, s=s, text=text, text_mask=text_mask, z=z,
+                               grad=torch.is_grad_enabled()))
         count = torch.zeros(len(x_t)) if z is None else z[:, 0, 0]
         latents = torch.stack([count + 1, s[:, 0]], 1)[:, None]                     # (b, 1, 2)
         return self.velocity(x_t, t, s), latents, torch.zeros(len(x_t))
@@ -71,10 +72,11 @@ def test_each_sample_has_its_own_time():
     assert torch.equal(path(x_0, eps, t), torch.cat(alone))
 
 
-def test_logit_normal_times_have_the_distribution_of_their_name():
-    t = logit_normal(noise(100_000)).double()
+@pytest.mark.parametrize("mean", [0.0, 0.8])
+def test_logit_normal_times_have_the_distribution_of_their_name(mean):
+    t = logit_normal(noise(100_000), *[mean] if mean else []).double()
     assert t.min() > 0 and t.max() < 1
-    normal = torch.log(t / (1 - t)).sort().values                         # the logit is N(0, 1)
+    normal = torch.log(t / (1 - t)).sort().values - mean               # the logit is N(mean, 1)
     below = (torch.arange(100_000) + 0.5) / 100_000
     assert (torch.special.ndtr(normal) - below).abs().max() < 2 / math.sqrt(100_000)  # K.-S.
 
@@ -277,23 +279,25 @@ def gaussian(mean: float, sigma: float):
     return velocity
 
 
-def order(solver: str, velocity, solution) -> float:
+def order(solver: str, shift: float, velocity, solution) -> float:
     """The slope of log error against log step length, over 16 to 128 steps."""
     eps = noise(B, 1, 4, 4).double()
     steps = torch.tensor([16, 32, 64, 128])
-    errors = torch.stack([(sample(Recorder(velocity), eps, solver=solver, steps=int(n), **asked())
-                           - solution(eps)).abs().max() for n in steps])
+    ends = [sample(Recorder(velocity), eps, solver=solver, steps=int(n), shift=shift, **asked())
+            for n in steps]
+    errors = torch.stack([(end - solution(eps)).abs().max() for end in ends])
     x, y = -steps.double().log(), errors.log()
     return (((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()).item()
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.0])
 @pytest.mark.parametrize("solver, expected", [("euler", 1), ("ab2", 2)])
 @pytest.mark.parametrize("velocity, solution", [
     (gaussian(0.5, 0.6), lambda eps: 0.5 + 0.6 * eps),
     (lambda x_t, t, s: 2 * t.view(-1, 1, 1, 1) * x_t, lambda eps: eps / math.e),   # x' = 2 t x
 ], ids=["gaussian", "linear"])
-def test_euler_is_of_first_order_and_ab2_of_second(solver, expected, velocity, solution):
-    assert order(solver, velocity, solution) == pytest.approx(expected, abs=0.15)
+def test_euler_is_of_first_order_and_ab2_of_second(solver, expected, shift, velocity, solution):
+    assert order(solver, shift, velocity, solution) == pytest.approx(expected, abs=0.2)
 
 
 def test_the_exact_velocity_of_gaussian_data_turns_noise_into_that_data():
@@ -307,6 +311,26 @@ def test_ab2_weighs_the_last_two_velocities_by_three_halves_and_minus_a_half():
     x_0 = sample(model, torch.zeros(B, 1, 1, 1), solver="ab2", steps=4, **asked())
     # slopes: 1; 1.5 * 0.75 - 0.5 * 1; 1.5 * 0.5 - 0.5 * 0.75; 1.5 * 0.25 - 0.5 * 0.5
     assert x_0.flatten().tolist() == [-(1 + 0.625 + 0.375 + 0.125) / 4] * B
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_ab2_is_exact_on_a_line_after_its_first_step_however_long_the_steps_are(shift):
+    model = Recorder(lambda x_t, t, s: t.view(-1, 1, 1, 1).expand_as(x_t))               # v = t
+    x_0 = sample(model, torch.zeros(B, 1, 1, 1), solver="ab2", steps=5, shift=shift, **asked())
+    second = model.calls[1]["t"][0].item()             # from 1 to here v is taken to be 1
+    expected = -(1 - second) - second ** 2 / 2
+    assert x_0.flatten().tolist() == pytest.approx([expected] * B)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_a_shift_multiplies_the_odds_of_noise_against_data_at_every_step(shift):
+    times, even = torch.tensor(step_times(10, shift)), torch.linspace(1, 0, 11)
+    assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+    odds = lambda t: t[1:] / (1 - t[1:])
+    assert torch.allclose(odds(times), shift * odds(even), rtol=1e-4)
+    model = Recorder(level)
+    sample(model, noise(B, 1, 2, 2), steps=10, shift=shift, **asked())
+    assert [call["t"][0].item() for call in model.calls] == times[:-1].tolist()
 
 
 def test_a_sample_does_not_depend_on_its_neighbours():
@@ -330,5 +354,11 @@ def test_an_unknown_solver_or_no_step_is_refused_before_the_model_runs(solver, s
 def test_progress_is_told_of_every_step_and_the_noise_is_left_as_it_was():
     eps, told = noise(B, 1, 2, 2), []
     before = eps.clone()
-    x_0 = sample(Recorder(level), eps, steps=6, progress=lambda: told.append(1), **asked())
-    assert len(told) == 6 and torch.equal(eps, before) and not x_0.requires_grad
+    sample(Recorder(level), eps, steps=6, progress=lambda: told.append(1), **asked())
+    assert len(told) == 6 and torch.equal(eps, before)
+
+
+def test_sampling_builds_no_graph():
+    model = Recorder(level)
+    sample(model, noise(B, 1, 2, 2), w=1.0, steps=2, **asked())
+    assert [call["grad"] for call in model.calls] == [False, False]

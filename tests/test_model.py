@@ -318,6 +318,12 @@ def test_changing_one_target_changes_the_velocity(reward):
     assert moved.tolist() == [False, True, False]                # of the sample it belongs to
 
 
+def test_the_lowest_level_is_not_the_same_as_not_asking():
+    model, call = alive(), inputs()
+    lowest, absent = (model(**call | dict(s=torch.full((B, 3), s)))[0] for s in (0.0, -1.0))
+    assert ((lowest - absent).abs().amax((1, 2, 3)) > 1e-3).all()
+
+
 @pytest.mark.parametrize("reward", range(3))
 def test_a_reward_that_is_not_asked_for_loses_its_level_and_keeps_its_position(reward):
     model, call = alive(), inputs()
@@ -364,9 +370,25 @@ def test_every_parameter_receives_a_gradient(rewards):
         assert (gradient.abs().max() < 1e-4) == blind, (name, gradient.abs().max())
 
 
+def test_the_gradient_is_the_slope_along_every_path_through_the_network():
+    model, call = alive(), inputs() | dict(z=noise(B, 5, 48, seed=3))
+    slopes = gradients(model, call)
+    for part in ("patch_in", "time", "levels", "text_layers", "previous_mlp", "blocks.0", "blocks.1"):
+        ahead = {name: p + 1e-3 * slopes[name] / slopes[name].norm() if name.startswith(part) else p
+                 for name, p in model.named_parameters()}
+        behind = {name: 2 * p - ahead[name] for name, p in model.named_parameters()}
+        with torch.no_grad():
+            up, down = ((torch.func.functional_call(model, parameters, kwargs=call)[0].double()
+                         * noise(B, 3, 8, 8, seed=7)).sum() for parameters in (ahead, behind))
+        expected = sum(g.norm() for name, g in slopes.items() if name.startswith(part))
+        assert ((up - down) / 2e-3).item() == pytest.approx(expected.item(), rel=0.01), part
+
+
+@pytest.mark.parametrize("zero_out", [False, True])
 @pytest.mark.parametrize("rewards", [0, 1, 5])
-def test_no_parameter_is_left_out_of_the_first_step(rewards):
-    missing = [name for name, g in gradients(fresh(rewards), inputs(rewards)).items() if g is None]
+def test_no_parameter_is_left_out_of_the_first_step(rewards, zero_out):
+    first = gradients(fresh(rewards, zero_out=zero_out), inputs(rewards))
+    missing = [name for name, gradient in first.items() if gradient is None]
     assert not missing                          # data-parallel training would wait for it forever
 
 
@@ -393,6 +415,28 @@ def test_the_start_is_the_one_described():
             assert 0.9 * limit < module.weight.abs().max() <= limit, name                  # Xavier
             assert module.bias is None or not module.bias.any(), name
     assert not model.previous_out.weight.any() and not model.previous_out.bias.any()
+
+
+def test_a_zero_start_is_a_velocity_of_zero_and_tokens_that_pass_every_layer_unchanged():
+    model, call = fresh(zero_out=True), inputs()
+    x, z, tokens, mask = seen_by(model.blocks[0], lambda: model(**call))
+    v, z_end, _ = model(**call)
+    assert not v.any() and torch.equal(z, z_end)
+    assert torch.equal(model.blocks[0](x, z, tokens, mask)[0], x)
+    assert torch.equal(tokens[:, 1:4], seen_by(model.text_layers[0], lambda: model(**call))[0][:, :3])
+
+
+def test_a_network_that_starts_at_zero_learns():
+    model, call = fresh(zero_out=True), inputs() | dict(z=noise(B, 5, 48, seed=3))
+    model.previous_out.weight.data += 1
+    target, optimizer = noise(B, 3, 8, 8, seed=4), torch.optim.SGD(model.parameters(), 0.05)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(4):                                  # one step opens what lies behind another
+        optimizer.zero_grad()
+        (model(**call)[0] - target).square().mean().backward()
+        optimizer.step()
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert all(name.startswith("log_variance") or name.endswith("k_norm.bias") for name in still)
 
 
 def test_a_network_loaded_from_its_state_is_the_same_function():

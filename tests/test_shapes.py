@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import runpy
 import signal
 import sys
 import tarfile
@@ -19,6 +18,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import shapes
+from conftest import run, sentences
 from data import Pictures
 from shapes import (COLORS, PREFIXES, RELATIONS, SHAPES, TASKS, WORDS, Claims, Group, Scene, Thing,
                     compose, detect, draw, holds, lie, parse, prompts, truth, write, write_world)
@@ -479,37 +479,23 @@ def test_a_folder_of_foreign_tars_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
 
 
-def run(monkeypatch, *arguments) -> int:
-    """The exit code of `python shapes.py ...`, in this process: starting torch again takes longer
-    than all of it."""
-    monkeypatch.setattr(sys, "argv", ["shapes.py", *map(str, arguments)])
-    try:
-        runpy.run_path(str(ROOT / "shapes.py"), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def test_the_command_line_writes_the_world(tmp_path, monkeypatch):
+def test_the_command_line_writes_the_world(tmp_path):
     write_world(tmp_path / "here", 25, 2, size=16)
-    assert run(monkeypatch, tmp_path / "there", "--n", 25, "--seed", 2, "--size", 16) == 0
+    assert run("shapes.py", tmp_path / "there", "--n", 25, "--seed", 2, "--size", 16)[0] == 0
     assert tars(tmp_path / "here") == tars(tmp_path / "there")
 
 
 @pytest.mark.parametrize("out", ["another world", "file", "file/world"])
-def test_a_mistake_ends_in_one_sentence_that_names_the_folder(tmp_path, monkeypatch, capsys, out):
+def test_a_mistake_ends_in_one_sentence_that_names_the_folder(tmp_path, out):
     write_world(tmp_path / "another world", 25, 2, size=16)
     (tmp_path / "file").write_text("")
-    capsys.readouterr()
-    assert run(monkeypatch, tmp_path / out, "--n", 25, "--size", 16) == 2
-    sentence = capsys.readouterr().err
-    assert str(tmp_path / out) in sentence and sentence.count("\n") == 1
+    code, _, stderr = run("shapes.py", tmp_path / out, "--n", 25, "--size", 16)
+    assert code == 2 and len(sentences(stderr)) == 1 and str(tmp_path / out) in stderr
 
 
 @pytest.mark.parametrize("flag, value", [("--n", "0"), ("--size", "15"), ("--size", "513"),
                                          ("--seed", "-1")])
-def test_a_size_or_number_out_of_range_is_refused(monkeypatch, tmp_path, flag, value):
-    monkeypatch.setattr(sys, "argv", ["shapes.py", str(tmp_path / "w"), flag, value])
-    with pytest.raises(ValueError, match=flag):
-        shapes.main()
+def test_a_size_or_number_out_of_range_is_refused(tmp_path, flag, value):
+    code, _, stderr = run("shapes.py", tmp_path / "w", flag, value)
+    assert code == 2 and len(sentences(stderr)) == 1 and flag in stderr
     assert not (tmp_path / "w").exists()

@@ -359,7 +359,7 @@ def state(folder, step=8) -> dict:
 def logged(folder) -> dict:
     """{step: what was logged}, without speed: of repeated steps the last."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {(line["step"], "val" in line): {k: v for k, v in line.items() if k != "rate"}
+    return {(line["step"], "val" in line): {k: v for k, v in line.items() if k not in ("rate", "minutes")}
             for line in lines if "step" in line}
 
 
