@@ -280,9 +280,9 @@ def gaussian(mean: float, sigma: float):
 
 
 def order(solver: str, shift: float, velocity, solution) -> float:
-    """The slope of log error against log step length, over 16 to 128 steps."""
+    """The slope of log error against log step length, over 128 to 512 steps."""
     eps = noise(B, 1, 4, 4).double()
-    steps = torch.tensor([16, 32, 64, 128])
+    steps = torch.tensor([128, 256, 512])
     ends = [sample(Recorder(velocity), eps, solver=solver, steps=int(n), shift=shift, **asked())
             for n in steps]
     errors = torch.stack([(end - solution(eps)).abs().max() for end in ends])

@@ -426,17 +426,16 @@ def test_a_zero_start_is_a_velocity_of_zero_and_tokens_that_pass_every_layer_unc
     assert torch.equal(tokens[:, 1:4], seen_by(model.text_layers[0], lambda: model(**call))[0][:, :3])
 
 
-def test_a_network_that_starts_at_zero_learns():
+def test_after_a_zero_start_every_parameter_is_reached_within_a_few_steps():
     model, call = fresh(zero_out=True), inputs() | dict(z=noise(B, 5, 48, seed=3))
     model.previous_out.weight.data += 1
     target, optimizer = noise(B, 3, 8, 8, seed=4), torch.optim.SGD(model.parameters(), 0.05)
-    before = copy.deepcopy(model.state_dict())
-    for _ in range(4):                                  # one step opens what lies behind another
+    for _ in range(6):                                  # one step opens what lies behind another
         optimizer.zero_grad()
         (model(**call)[0] - target).square().mean().backward()
         optimizer.step()
-    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
-    assert all(name.startswith("log_variance") or name.endswith("k_norm.bias") for name in still)
+    still = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert still == {"log_variance.1.weight", "log_variance.1.bias"}           # v does not read it
 
 
 def test_a_network_loaded_from_its_state_is_the_same_function():

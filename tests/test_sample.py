@@ -23,12 +23,14 @@ S = 16
 
 @pytest.fixture(scope="module")
 def checkpoint(checkpoint, tmp_path_factory):
-    """A network that listens: what it hears of targets and captions is ten times as loud."""
+    """A network that listens: random weights for the zeros it started from, loud conditions."""
     folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("listening") / "run")
-    weights = load_file(folder / "model.safetensors")
-    for name in weights:
-        if re.search(r"levels.*out.weight|text_in.weight|(read_condition|write).attention.out.w", name):
-            weights[name] *= 10
+    weights, rng = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, w in sorted(weights.items()):
+        if name.endswith("out.weight") and w.ndim == 2:
+            torch.nn.init.xavier_uniform_(w, generator=rng)
+        if re.search(r"text_in.weight|(read_condition|write).attention.out.weight", name):
+            w *= 10
     save_file(weights, folder / "model.safetensors")
     return folder
 
