@@ -70,7 +70,7 @@ class Args:
     reward_dropout: float = 0.0      # share of reward levels withheld
     text_dropout: float = 0.0        # share of captions replaced by the empty one
     bins: int = 64                   # reward levels
-    world: int = 20000               # pictures of the embedded world
+    world: int = 10000               # pictures of the embedded world
     val: int = 256                   # samples kept out for the validation loss
     seed: int = 0
     precision: str = "auto"          # fp32, bf16 or fp16; auto: bf16 or fp16 on CUDA, else fp32
