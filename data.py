@@ -599,7 +599,8 @@ def check(path: str, size: int) -> list[str]:
     print(f"keys        {index.duplicates} duplicate; {index.dotted} file names with several dots "
           "(a key ends at the first)")
     unscored = [name for name in names if name not in scored]
-    print(f"unscored    {len(unscored)}" + (f" (python rewards.py {path})" if unscored else ""))
+    advice = f" (python rewards.py {path} --size {size})" if unscored else ""
+    print(f"unscored    {len(unscored)}{advice}")
     print(f"unreadable  {len(index.unreadable)}")
     for name, reason in index.unreadable.items():
         print(f"  {name}: {reason}")

@@ -64,7 +64,7 @@ def report(model: sample.Model, found: dict) -> str:
     for name, top in found["all=1, first"].items():
         low, bottom = (found.get(request, {}).get(name, float("nan"))
                        for request in ("all=0", f"{name}=0"))
-        std = model.config["score_std"].get(name, float("nan"))
+        std = model.config["score_std"].get(name) or float("nan")        # 0: a constant
         lines.append(f"{name:14}{low:9.3f}{found['all=1'][name]:9.3f}{bottom:9.3f}{top:9.3f}"
                      f"{(top - bottom) / std:10.2f}")
     tasks = ", ".join(f"{task} {value:.2f}" for task, value in found["tasks"].items())
@@ -90,7 +90,7 @@ def evaluate_folder(model: sample.Model, folder: Path, n: int) -> dict:
     found = evaluate_shapes(model, n, min(n, 128))
     print(report(model, found))
     if model.rewards:
-        figure = control_figure(model, prompts("color_attr", 1, 0)[0])
+        figure = control_figure(model, prompts("colors", 1, 0)[0])
         sample.write_png(figure, folder / "control.png", found)
     temporary = folder / ".evaluation.json.tmp"              # the file is whole or not there
     temporary.write_text(json.dumps(found, indent=1))

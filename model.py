@@ -92,6 +92,7 @@ class Level(nn.Module):
 
     def forward(self, x):
         h = self.fourier(x)                                                      # (B, D / 4)
+        # every level enters the MLP at the same scale, whatever its cosines happen to sum to
         h = (h - h.mean(-1, keepdim=True)) / h.std(-1, keepdim=True)             # (B, D / 4)
         return self.out(F.silu(self.up(h)))                                      # (B, D)
 
@@ -147,7 +148,7 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).chunk(3, -1)                                   # (B, N, D) x 3
         else:
             q, (k, v) = self.q(x), self.kv(source).chunk(2, -1)                  # (B, N | M, width)
-        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))   # heads
         q, k = self.q_norm(q), self.k_norm(k)                                    # (B, H, N | M, d)
         if mask is not None:
             mask = mask[:, None, None, :]                                        # (B, 1, 1, M)
@@ -284,7 +285,7 @@ class TextRIN(nn.Module):
             rewards = torch.stack(rewards, 1) * asked + self.reward_positions    # (B, R, D)
         else:                                                       # the baseline without rewards
             rewards = tokens[:, :0]                                              # (B, 0, D)
-        registers = self.registers.expand(B, -1, -1)                             # (B, 16, D)
+        registers = self.registers.expand(B, -1, -1)                             # (B, registers, D)
         tokens = torch.cat([rewards.type_as(tokens), registers.type_as(tokens), tokens], 1)
         mask = F.pad(text_mask, (tokens.shape[1] - text_mask.shape[1], 0), value=True)   # (B, K)
         for layer in self.text_layers:

@@ -272,7 +272,8 @@ def scored_names(pictures: Pictures) -> tuple[str, ...]:
     """The rewards that the first shard has scores of. FileNotFoundError: it was never scored."""
     path = sidecar(pictures.shards[0])
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; run python rewards.py {pictures.path}")
+        raise FileNotFoundError(f"{path} does not exist; run python rewards.py "
+                                    f"{pictures.path} --size {pictures.size}")
     return tuple(name for name in REWARDS if name in read_sidecar(path)[0]["rewards"])
 
 
@@ -441,7 +442,7 @@ def main() -> None:
     if args.rewards == "all" and "alignment" not in names and rank == 0:
         print("alignment is left out: it reads the captions of shapes.py alone")
     failures = score_dataset(pictures, names, args.batch, args.retry, rank, world)
-    if len(failures) > MAX_UNREADABLE * samples:
+    if len(failures) > MAX_UNREADABLE * samples / world:
         sentence = (f"{args.data}: {len(failures)} of {samples} samples failed (the limit is "
                     f"{MAX_UNREADABLE:.0%}); repair or remove them, then pass --retry")
         if world == 1:

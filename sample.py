@@ -59,12 +59,15 @@ def load(folder, device: torch.device) -> Model:
                                     "checkpoint folder with --checkpoint")
     try:
         config = json.loads(config_file.read_text())
+        if config["format"] != 1:
+            raise ValueError(f"its format is {config['format']}, not 1")
         missing = {"mean", "std", "sampler", "prompts", "score_std"} - set(config)
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         net = TextRIN(Config(**config["network"]))
         encoder = Words.from_config(config["text_encoder"])
         bins = binning.Bins.from_config(config["bins"]) if config["bins"] else None
+    # A hand-edited configuration fails in whatever part of the network it describes wrongly.
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
             RuntimeError) as error:
         raise ValueError(f"{config_file} is not the configuration of a checkpoint "
@@ -226,9 +229,10 @@ def grid(rows: list, headings: list | None = None, labels: list | None = None) -
     height = max(t.height for row in rows for t in row)
     gap, top, over = 4, 18 if headings else 0, 18 if labels else 0
     columns = max(len(row) for row in rows)
-    image = Image.new("RGB", (columns * (width + gap), top + len(rows) * (height + gap + over)),
-                      "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    font = ImageFont.load_default(12)
+    wide = max([columns * (width + gap), *(int(font.getlength(text)) + 6 for text in labels or [])])
+    image = Image.new("RGB", (wide, top + len(rows) * (height + gap + over)), "white")
+    draw = ImageDraw.Draw(image)
     for j, heading in enumerate(headings or []):
         draw.text((j * (width + gap) + 2, 2), heading, "black", font)
     for i, row in enumerate(rows):
@@ -357,6 +361,11 @@ def read_command(argv=None):
     for key in ("seed", "guidance", "shift"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < 2 ** 62:  # nor NaN
             raise ValueError(f"--{key} {getattr(args, key)}: it is 0 or more")
+    if args.shift == 0:
+        raise ValueError("--shift 0: it is above 0, and 1 takes even steps")
+    if not 0 <= args.interval[0] <= args.interval[1] <= 1:
+        raise ValueError(f"--interval {args.interval[0]:g} {args.interval[1]:g}: it is two times, "
+                         "0 <= first <= last <= 1")
     out = Path(args.out)
     for folder in (out, *out.parents) if out.suffix.lower() != ".png" else out.parents:
         if folder.is_file():

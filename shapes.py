@@ -6,7 +6,7 @@ detector that reads a picture back. Like web data the world is flawed on purpose
 ten lie, and half of the pictures are washed out, blurred, cluttered or badly framed. That is the
 point of the method: bad pictures stay in the data, labelled as bad by their rewards.
 
-    python shapes.py runs/world --n 20000 --seed 0      # tars of key.png, key.txt, key.json
+    python shapes.py runs/world --n 10000 --seed 0      # tars of key.png, key.txt, key.json
 
 Not in the paper, which trains on 16 M web pictures: this world stands in without a download.
 """
@@ -33,7 +33,8 @@ HUES = {"red": 0, "yellow": 52, "green": 125, "cyan": 185, "blue": 232, "pink": 
 COLORS = tuple(HUES)
 NUMBERS = ("a", "two", "three", "four")                              # how a caption says 1, 2, 3, 4
 PLURALS = ("circles", "squares", "triangles", "crosses")
-RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS = tuple(OPPOSITES)
 PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval
 WORDS = tuple(sorted({word for phrase in (*SHAPES, *PLURALS, *COLORS, *NUMBERS, *RELATIONS,
@@ -202,13 +203,14 @@ def held_out(caption: str) -> bool:
 
 
 def holds(relation: str, a: Thing, b: Thing) -> float:
-    """GenEval's position rule: the offset of centres, less 0.1 x the summed box sizes, normalised.
+    """GenEval's position rule: the offset of centres, less 0.1 x the summed box sizes, over its
+    length before that.
 
     Returns the component along the relation, in [-1, 1]; the relation holds above 0.5.
     """
     offset = np.array([a.x - b.x, a.y - b.y])
-    offset = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * 2 * (a.r + b.r), 0)
-    dx, dy = offset / max(np.linalg.norm(offset), 1e-6)
+    clear = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * 2 * (a.r + b.r), 0)
+    dx, dy = clear / max(np.linalg.norm(offset), 1e-6)
     return float({"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation])
 
 
@@ -257,7 +259,7 @@ def lie(claims: Claims, rng: np.random.Generator) -> tuple:
     elif kind == "color":
         group.color = other(COLORS, group.color)
     elif kind == "side":
-        relation = other(RELATIONS, relation)
+        relation = OPPOSITES[relation]              # of the others, one may hold too: a diagonal
     else:
         groups[0].color, groups[1].color = groups[1].color, groups[0].color
     return kind, Claims(groups, relation)
@@ -398,14 +400,22 @@ def write_world(out, n: int, seed: int, size: int = 24, shard: int = 1000) -> No
     Each tar appears whole or not at all, and finished ones are kept: run again after an
     interruption. Raises ValueError if the folder holds another world.
     """
+    if n < 1 or not 16 <= size <= 512 or seed < 0:
+        raise ValueError("--n must be at least 1, --size between 16 and 512, --seed at least 0")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{out} is a file or lies in one: name another folder") from error
     world = {"n": n, "seed": seed, "size": size, "shard": shard}
     if not (out / "world.json").exists():
         if any(out.glob("*.tar")):
             raise ValueError(f"{out} holds tars that shapes.py did not write: name another folder")
         replace(out / "world.json", json.dumps(world).encode())
-    found = json.loads((out / "world.json").read_text())
+    try:
+        found = json.loads((out / "world.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{out}/world.json is damaged ({error}): remove the folder") from error
     if found != world:
         raise ValueError(f"{out}/world.json describes another world {found}, not {world}: "
                          "name another folder or remove this one")
@@ -444,12 +454,10 @@ def replace(path: Path, content: bytes) -> None:
 def main():
     parser = argparse.ArgumentParser(description="write the embedded world as tar shards")
     parser.add_argument("out", help="folder to write to")
-    parser.add_argument("--n", type=int, default=20000, help="pictures")
+    parser.add_argument("--n", type=int, default=10000, help="pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=24, help="side in pixels")
     args = parser.parse_args()
-    if args.n < 1 or not 16 <= args.size <= 512 or args.seed < 0:
-        raise ValueError("--n must be at least 1, --size between 16 and 512, --seed at least 0")
     write_world(args.out, args.n, args.seed, args.size)
 
 

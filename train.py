@@ -33,11 +33,11 @@ import binning
 import evaluate
 import flow
 import sample
-from data import Pictures, Words, batches
+from data import MAX_UNREADABLE, Pictures, Words, batches, split_words
 from model import PRESETS, Config, TextRIN
 from rewards import (REWARDS, check_names, choose_rewards, default_rewards, read_scores,
                      score_all, score_dataset)
-from shapes import TASKS, prompts, write_world
+from shapes import TASKS, WORDS, prompts, write_world
 
 
 @dataclass
@@ -91,7 +91,7 @@ RECIPES = {
                   weight_decay=0.01, cosine_rate=0.8, ema=0.9999, t_mean=0.0, self_condition=0.9),
 }
 SAMPLERS = {                                               # config.json carries its preset's
-    "shapes": dict(guidance=1.5, steps=16, solver="ab2", shift=3.0),
+    "shapes": dict(guidance=0.5, steps=16, solver="ab2", shift=3.0),
     "paper": dict(guidance=7.0, steps=50, solver="euler", shift=1.0),
 }
 STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what a state-*.pt holds
@@ -150,12 +150,13 @@ def orthogonalise(x: torch.Tensor) -> torch.Tensor:
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020) as the release runs it: Adam's step, scaled by |p| / |step|.
 
-    As there, the trust ratio and the decay leave out norms and biases (weight_decay 0), and the
+    As there, the trust ratio and the decay leave out norms and biases (trust False), and the
     decay is p ← (1 - weight_decay) p at every step, not scaled by the learning rate.
     """
 
     def __init__(self, params, lr: float, weight_decay: float, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas,
+                                     eps=eps, trust=True))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -171,7 +172,7 @@ class Lamb(torch.optim.Optimizer):
                 v.lerp_(p.grad.square(), 1 - beta_2)
                 step = m / (1 - beta_1 ** k) / ((v / (1 - beta_2 ** k)).sqrt() + group["eps"])
                 ratio = 1.0
-                if group["weight_decay"] > 0:
+                if group["trust"]:
                     size, length = p.norm(), step.norm()
                     ratio = torch.where((size > 0) & (length > 0), size / length, 1.0)
                 p.sub_(group["lr"] * ratio * step).mul_(1 - group["weight_decay"])
@@ -189,7 +190,7 @@ def optimizers_for(net: TextRIN, args: Args) -> list:
                  torch.optim.AdamW(plain(matrices), args.lr, (0.9, 0.99), weight_decay=0.0)]
     else:
         groups = [dict(params=weights, weight_decay=args.weight_decay),
-                  dict(params=plain(weights), weight_decay=0.0)]
+                  dict(params=plain(weights), weight_decay=0.0, trust=False)]
         kind = {"adamw": torch.optim.AdamW, "lamb": Lamb}[args.optimizer]
         found = [kind(groups, lr=args.lr, weight_decay=0.0)]
     for group in (group for optimizer in found for group in optimizer.param_groups):
@@ -318,7 +319,7 @@ def read_args(argv=None) -> Args:
     for field in fields(Args):
         flag = "--" + field.name.replace("_", "-")
         kind = {"int | None": int, "float | None": float, "str | None": str}.get(
-            str(field.type).replace("<class '", "").replace("'>", ""), field.type)
+            str(field.type), field.type)
         if field.type is bool:
             parser.add_argument(flag, action="store_true")
         else:
@@ -406,8 +407,13 @@ def prepare_data(args: Args, rank: int):
         if embedded:
             write_world(path, args.world, seed=0, size=args.size)
         pictures = Pictures(path, args.size)
+        failed, samples = pictures.unreadable, len(pictures) + pictures.lost
         if args.rewards != "none":
-            score_dataset(pictures, default_rewards(pictures.captions))
+            failed = score_dataset(pictures, default_rewards(pictures.captions))
+        if len(failed) > MAX_UNREADABLE * samples:
+            raise ValueError(f"{path}: {len(failed)} of {samples} samples cannot be used (the limit "
+                             f"is {MAX_UNREADABLE:.0%}): see python data.py check {path}")
+        if args.rewards != "none":
             folder = pictures.shards[0].folder
             if not (folder / "bins.json").exists():
                 binning.bin_dataset(pictures, default_rewards(pictures.captions), args.bins)
@@ -427,6 +433,10 @@ def prepare_data(args: Args, rank: int):
             raise ValueError(f"{file} was fitted on other scores than those in {path}: write it "
                              f"again with python binning.py {path} --size {args.size} "
                              f"--bins {args.bins}")
+        missing = [name for name in names if name not in bins.names]
+        if missing:
+            raise ValueError(f"{file} has no bins of {', '.join(missing)}: write it again with "
+                             f"python binning.py {path} --size {args.size} --bins {args.bins}")
         columns = [bins.names.index(name) for name in names]
         s = [bins.to_target(scores)[:, columns] for scores in raw]
         bins = bins.select(names)
@@ -434,9 +444,9 @@ def prepare_data(args: Args, rank: int):
     if len(rows) <= args.val + args.batch:
         raise ValueError(f"{path} has {len(rows)} usable samples, fewer than --val {args.val} and "
                          f"one --batch {args.batch}")
-    captions = (text for group in pictures.captions for text in group)
-    words = Words.vocabulary_of(captions)
-    longest = max(len(text.split()) for group in pictures.captions for text in group)
+    captions = [text for group in pictures.captions for text in group]
+    words = WORDS if embedded else Words.vocabulary_of(captions)     # a small world lacks some
+    longest = max(len(split_words(text)) for text in captions)
     encoder = Words(words, PRESETS[args.preset]["text_dim"], longest + 1)
     parts = []
     for chosen in (order[args.val:], order[:args.val]):
@@ -466,17 +476,17 @@ def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, en
     given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
     network = PRESETS[args.preset] | given | dict(rewards=list(bins.names) if bins else [],
                                                   text_dim=encoder.dim)
-    world = default_rewards(val.captions)[0] == "alignment"
+    embedded = default_rewards(val.captions)[0] == "alignment"
     spread = {}
     if bins:
-        raw = bins.to_raw(np.concatenate(s_train))                               # (N, R)
+        raw = np.concatenate(read_scores(train, bins.names)[1])                  # (N, R)
         spread = dict(zip(bins.names, raw.std(0).tolist()))
     return dict(
         format=1, time="t = 0 is data, t = 1 is noise", network=network,
         mean=first.mean((0, 2, 3)).tolist(),                     # of pixels in 0..255, per channel
         std=(first.std((0, 2, 3)) / network["sigma_data"]).tolist(),
         text_encoder=encoder.config(), bins=bins.to_config() if bins else None, score_std=spread,
-        prompts=[prompts(task, 1, 0)[0] for task in TASKS] if world
+        prompts=[prompts(task, 1, 0)[0] for task in TASKS] if embedded
         else [captions[0] for captions in val.captions[:6]],
         sampler=SAMPLERS[args.preset], train_samples=len(train), val_samples=len(val),
         args={key: value for key, value in asdict(args).items() if key not in FREE})
@@ -534,7 +544,8 @@ def train_step(run: Run, args: Args, step: int, batch: list, world: int, dtype) 
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args)
-        run.scaler.step(optimizer)
+        if torch.isfinite(norm):            # fp16: a step that overflowed is skipped as a whole
+            run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     decay = min(args.ema, (1 + step) / (10 + step))           # the average forgets the start sooner
@@ -547,7 +558,7 @@ def train_step(run: Run, args: Args, step: int, batch: list, world: int, dtype) 
 def validate(run: Run, val: Pictures, encoder, args: Args, source: dict, device) -> float:
     """Mean squared error of the averaged weights on the samples kept out: fixed noise and times,
     true scores, no dropout, latents handed on as in sampling."""
-    steady = replace(args, text_dropout=0.0, reward_dropout=0.0, self_condition=1.0)
+    steady = replace(args, text_dropout=0.0, reward_dropout=0.0, self_condition=float(args.self_condition > 0))
     errors = []
     for first in range(0, len(val), 64):
         rows = np.arange(first, min(first + 64, len(val)))
@@ -687,10 +698,10 @@ def main(argv=None):
                            f"lr x {schedule(step, args):5.3f}  {rate:6.0f} img/s")
                 append(out, dict(step=done, loss=loss, by_t=by_t, norm=norm, rate=rate))
         if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
-            error, reached = validate(run, val, encoder, args, source_val, device), probe(shown, val)
-            tqdm.write(f"step {done:6d}  validation {error:.4f}  at all=1: "
+            val_loss, reached = validate(run, val, encoder, args, source_val, device), probe(shown, val)
+            tqdm.write(f"step {done:6d}  validation {val_loss:.4f}  at all=1: "
                        + "  ".join(f"{name} {value:.3g}" for name, value in reached.items()))
-            append(out, dict(step=done, val=error, reached=reached,
+            append(out, dict(step=done, val=val_loss, reached=reached,
                              minutes=bar.format_dict["elapsed"] / 60))
             grid = sample.progress_grid(shown)
             write_whole(out / f"grid-{done:06d}.png", lambda path: grid.save(path, "png"))

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 torch.backends.mps.is_available = functools.cache(lambda: False)        # nor an Apple GPU
 
 TINY = ("--size 16 --patch 4 --latents 8 --latent-dim 32 --data-dim 32 --blocks 1 --layers 1 "
-        "--batch 8 --val 8 --bins 8 --warmup 2").split()
+        "--batch 8 --val 8 --bins 8 --warmup 2 --optimizer muon --lr 2e-3 --matrix-lr 1e-2 "
+        "--self-condition 0.5 --text-dropout 0.1 --reward-dropout 0.1").split()
 
 
 def run(script: str, *arguments) -> tuple:

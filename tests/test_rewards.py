@@ -134,7 +134,8 @@ def test_blur_lowers_sharpness_and_washing_out_lowers_contrast():
     washed = 204 + 0.3 * (pictures.float() - 204)
     for name, spoilt in (("sharpness", blurred), ("contrast", washed)):
         before, after = (score(name, x.round().byte(), captions) for x in (pictures, spoilt))
-        assert (after < before).all(), name
+        clear = before > 0.02               # a grey as bright as its shape has no contrast to lose
+        assert clear.float().mean() > 0.8 and (after < before)[clear].all(), name
 
 
 @pytest.mark.parametrize("dx, dy", [(0, 0), (3, 0), (0, -5), (3, 4), (-6, 2)])

@@ -1,4 +1,5 @@
 """shapes.py: the detector is exact where it must be, captions mean what they say, tars last."""
+import functools
 import itertools
 import json
 import math
@@ -209,6 +210,8 @@ THREE = [at("cross", "pink", 0.2, 0.2), at("cross", "pink", 0.8, 0.2),
     ("a pink cross above a cyan cross", [THREE[0], THREE[2]], 1),
     ("a cross and a cross", [THREE[0]], 0),                      # one thing is not counted twice
     ("a circle left of a circle", [RED_CIRCLE], 0),
+    ("a red circle and a red circle", [RED_CIRCLE, at("circle", "red", 0.8)], 1),
+    ("a red circle and a red circle", [RED_CIRCLE, at("circle", "blue", 0.8)], 1 / 2),
 ])
 def test_truth_is_the_share_of_the_statements_that_hold(caption, things, share):
     assert truth(parse(caption), things) == pytest.approx(share)
@@ -403,18 +406,20 @@ def test_a_tar_holds_what_was_drawn(tmp_path):
 
 def killed(folder: Path, call: int, half: bool) -> None:
     """Write a world in a process of its own that gets kill -9 at its `call`-th file: when half of
-    the file is written, or when all of it is and its name is not."""
+    the file is written, or when all of it is and it has not got its name."""
     child = os.fork()
     if child == 0:
         calls = itertools.count()
 
-        def dump(file) -> None:
+        def deadly(function, *given) -> None:
             if next(calls) == call:
                 if half:
-                    os.truncate(file, os.fstat(file).st_size // 2)
+                    os.truncate(given[0], os.fstat(given[0]).st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
+            function(*given)
 
-        shapes.os.fsync = dump
+        name = "fsync" if half else "replace"
+        setattr(os, name, functools.partial(deadly, getattr(os, name)))
         write_world(folder, 42, 0, size=16, shard=10)
         os._exit(0)                                                            # never reached
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
@@ -478,6 +483,13 @@ def test_a_folder_of_foreign_tars_is_refused(tmp_path):
     with pytest.raises(ValueError, match="did not write"):
         write_world(tmp_path, 20, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
+
+
+def test_a_damaged_description_of_a_world_is_refused(tmp_path):
+    write_world(tmp_path, 20, 0, size=16, shard=10)
+    (tmp_path / "world.json").write_text('{"n": 20,')
+    with pytest.raises(ValueError, match="world.json is damaged"):
+        write_world(tmp_path, 20, 0, size=16, shard=10)
 
 
 def test_the_command_line_writes_the_world(tmp_path):

@@ -60,7 +60,7 @@ def test_muon_is_momentum_orthogonalised_at_rms_0_2_and_decayed():
         assert torch.allclose(p, wanted, atol=1e-5)
 
 
-def lamb_by_hand(p: list, grads: list, lr: float, decay: float) -> list:
+def lamb_by_hand(p: list, grads: list, lr: float, decay: float, trusted: bool) -> list:
     """LAMB on plain floats, after the paper and the release's decay."""
     m, v = [0.0] * len(p), [0.0] * len(p)
     for k, grad in enumerate(grads, 1):
@@ -69,21 +69,22 @@ def lamb_by_hand(p: list, grads: list, lr: float, decay: float) -> list:
         step = [a / (1 - 0.9 ** k) / (math.sqrt(b / (1 - 0.999 ** k)) + 1e-8)
                 for a, b in zip(m, v)]
         size, length = math.hypot(*p), math.hypot(*step)
-        trust = size / length if decay and size and length else 1
+        trust = size / length if trusted and size and length else 1
         p = [(a - lr * trust * b) * (1 - decay) for a, b in zip(p, step)]
     return p
 
 
 @pytest.mark.parametrize("start", [[3.0], [0.5, -2.0, 1.0], [0.0, 0.0]])
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_lamb_is_its_formula_on_plain_numbers(start, decay):
+@pytest.mark.parametrize("decay, trust", [(0.0, True), (0.01, True), (0.0, False)])
+def test_lamb_is_its_formula_on_plain_numbers(start, decay, trust):
     grads = np.random.default_rng(0).normal(size=(6, len(start))).tolist()
     p = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
-    lamb = train.Lamb([p], lr=0.05, weight_decay=decay)
+    lamb = train.Lamb([dict(params=[p], trust=trust)], lr=0.05, weight_decay=decay)
     for grad in grads:
         p.grad = torch.tensor(grad, dtype=torch.float64)
         lamb.step()
-    assert p.tolist() == pytest.approx(lamb_by_hand(start, grads, 0.05, decay), rel=1e-9)
+    wanted = lamb_by_hand(start, grads, 0.05, decay, trust)
+    assert p.tolist() == pytest.approx(wanted, rel=1e-9)
 
 
 def test_the_rate_warms_up_linearly_and_follows_the_cosine():
@@ -170,11 +171,12 @@ def test_text_dropout_leaves_the_empty_caption_and_keeps_the_levels(two_captions
     assert all(torch.equal(whole[i], dropped[i]) for i in (0, 1, 2, 3, 6))
 
 
-def test_self_conditioning_strikes_its_share_of_samples_and_times_are_logit_normal(two_captions):
-    _, eps, t, _, _, _, chosen = batch_of(two_captions, self_condition=0.3)
+@pytest.mark.parametrize("mean", [0.0, 1.2])
+def test_self_conditioning_strikes_its_share_and_times_are_logit_normal(two_captions, mean):
+    _, eps, t, _, _, _, chosen = batch_of(two_captions, self_condition=0.3, t_mean=mean)
     assert chosen.float().mean() == pytest.approx(0.3, abs=0.03)
     normal = torch.special.logit(t.double())
-    assert normal.mean() == pytest.approx(0, abs=0.05) and normal.std() == pytest.approx(1, abs=0.05)
+    assert (normal.mean(), normal.std()) == pytest.approx((mean, 1), abs=0.05)
     assert eps.std() == pytest.approx(1, abs=0.02) and 0 < t.min() and t.max() < 1
 
 
@@ -183,9 +185,11 @@ def test_self_conditioning_strikes_its_share_of_samples_and_times_are_logit_norm
 @pytest.fixture(scope="module")
 def parts(world) -> SimpleNamespace:
     """What main() has before its loop: data, config, and a batch of 8."""
-    args = train.read_args([*TINY, "--data", str(world), "--out", "not-there", "--lr", "0.01"])
+    args = train.read_args([*TINY, "--data", str(world), "--out", "not-there", "--lr", "0.01",
+                            "--self-condition", "0.9"])
     found, val, s, s_val, bins, encoder = train.prepare_data(args, 0)
     config = train.describe(args, found, val, s, bins, encoder)
+    config["network"]["zero_out"] = False                    # what is zero does not tell much
     source = dict(s=s, rewards=bins.names, channels=3,
                   mean=torch.tensor(config["mean"]).view(-1, 1, 1),
                   std=torch.tensor(config["std"]).view(-1, 1, 1))
@@ -241,10 +245,13 @@ def test_a_batch_without_a_readable_picture_moves_nothing(parts):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "lamb"])
-def test_every_parameter_moves_within_three_steps(parts, optimizer):
-    run_, args = new_run(parts, optimizer=optimizer)
+@pytest.mark.parametrize("zero_out, steps", [(False, 3), (True, 6)])
+def test_every_parameter_moves_within_a_few_steps(parts, optimizer, zero_out, steps):
+    network = parts.config["network"] | dict(zero_out=zero_out)
+    run_, args = new_run(SimpleNamespace(args=parts.args, config=dict(network=network)),
+                         optimizer=optimizer)
     before = {name: p.detach().clone() for name, p in run_.net.named_parameters()}
-    for step in range(3):
+    for step in range(steps):
         train.train_step(run_, args, step, parts.batch, 1, torch.float32)
     still = [name for name, p in run_.net.named_parameters() if torch.equal(p, before[name])]
     assert not still
@@ -282,10 +289,19 @@ def test_the_gradient_norm_is_clipped(parts):
     assert norm > 0.1 and (before - weights(run_.net)).norm() == pytest.approx(1e-3, rel=1e-2)
 
 
+def awake(net) -> None:
+    """Noise for the output layer, which starts at zero: v depends on everything from the start."""
+    rng = torch.Generator().manual_seed(0)
+    for linear in [net.patch_out, *(m.out for m in net.modules() if hasattr(m, "out"))]:
+        linear.weight.data.copy_(0.2 * torch.randn(linear.weight.shape, generator=rng))
+
+
 def test_bf16_gives_nearly_the_same_loss(parts):
     run_, args = new_run(parts)
+    awake(run_.net)
     half, _ = train.train_step(run_, args, 0, parts.batch, 1, torch.bfloat16)
     run_, args = new_run(parts)
+    awake(run_.net)
     full, _ = train.train_step(run_, args, 0, parts.batch, 1, torch.float32)
     assert torch.allclose(half, full, rtol=0.03) and not torch.equal(half, full)
 
@@ -304,6 +320,7 @@ def test_fp16_skips_a_step_that_overflows_and_stops_when_all_do(parts):
 
 def test_the_validation_loss_has_fixed_noise_true_levels_and_no_dropout(parts):
     run_, args = new_run(parts, reward_dropout=0.9, text_dropout=0.9)
+    awake(run_.average)
     source = parts.source | dict(s=parts.s_val)
     losses = []
     for seed in range(2):
@@ -319,6 +336,15 @@ def test_the_validation_loss_has_fixed_noise_true_levels_and_no_dropout(parts):
 def test_training_and_validation_share_no_picture(parts):
     names = [{part.name(i) for i in range(len(part))} for part in (parts.train, parts.val)]
     assert [len(found) for found in names] == [292, 8] and not names[0] & names[1]
+
+
+def test_the_encoder_holds_the_longest_caption_as_it_counts_words(tmp_path):
+    for i in range(12):
+        sample.Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a red-and-blue-and-green-and-pink circle")
+    args = train.read_args([*TINY, "--val", "2", "--data", str(tmp_path), "--rewards", "none"])
+    _, val, _, _, _, encoder = train.prepare_data(args, 0)
+    assert encoder.encode(list(val.captions[0]))[1].sum() == 9
 
 
 def test_pixels_become_zero_mean_and_unit_deviation(parts):
