@@ -30,7 +30,7 @@ def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
 
     mse      = mean over pixels of (v_θ(x_t, t, s, c) - (eps - x_0))²   (paper, equation 3)
     weighted = mse / exp(u(t)) + u(t), u a learned log-variance (not in the paper: the release,
-               after EDM2): hard times stop drowning easy ones. Its minimum over u is 1 + log E[mse].
+               after EDM2): hard times stop drowning easy ones. Its least value is 1 + log E[mse].
 
     self_condition (B,) bool: these samples first run without gradient and hand their latents on,
     as they do at sampling, where each step starts from the latents of the step before.

@@ -183,7 +183,7 @@ class Compute(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Self-attention of the condition tokens: LayerNorm, GELU, layer scale. (B, K, D) → (B, K, D)."""
+    """Self-attention of the condition tokens: LayerNorm, GELU, layer scale. (B, K, D) → same."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -318,14 +318,14 @@ class TextRIN(nn.Module):
 
 def to_patches(x: torch.Tensor, p: int) -> torch.Tensor:
     """Cut into patches, row by row, channels last: (B, C, S, S) → (B, (S / p)², p² C)."""
-    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                            # (B, C, n, p, n, p)
+    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                          # (B, C, n, p, n, p)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)                  # (B, n², p² C)
 
 
 def from_patches(x: torch.Tensor, p: int) -> torch.Tensor:
     """The inverse of to_patches."""
     n = math.isqrt(x.shape[1])
-    x = x.unflatten(2, (p, p, -1)).unflatten(1, (n, n))                          # (B, n, n, p, p, C)
+    x = x.unflatten(2, (p, p, -1)).unflatten(1, (n, n))                        # (B, n, n, p, p, C)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                  # (B, C, S, S)
 
 

@@ -391,6 +391,23 @@ def start_ranks():
     return device, rank, world
 
 
+def make_missing(args: Args, path: str, embedded: bool) -> None:
+    """Draw the world, score and bin the data, whatever of it is not there yet.
+
+    ValueError: more samples than MAX_UNREADABLE cannot be read or scored."""
+    if embedded:
+        write_world(path, args.world, seed=0, size=args.size)
+    pictures = Pictures(path, args.size)
+    failed, samples = pictures.unreadable, len(pictures) + pictures.lost
+    if args.rewards != "none":
+        failed = score_dataset(pictures, default_rewards(pictures.captions))
+    if len(failed) > MAX_UNREADABLE * samples:
+        raise ValueError(f"{path}: {len(failed)} of {samples} samples cannot be used (the limit is "
+                         f"{MAX_UNREADABLE:.0%}): see python data.py check {path}")
+    if args.rewards != "none" and not (pictures.shards[0].folder / "bins.json").exists():
+        binning.bin_dataset(pictures, default_rewards(pictures.captions), args.bins)
+
+
 def prepare_data(args: Args, rank: int):
     """The pictures that are scored, their levels, bins and encoder; rank 0 makes what is missing.
 
@@ -404,19 +421,7 @@ def prepare_data(args: Args, rank: int):
                          "made yet: pass --dry-run to see its size and cost, or --preset shapes")
     path = args.data or "runs/world"
     if rank == 0:
-        if embedded:
-            write_world(path, args.world, seed=0, size=args.size)
-        pictures = Pictures(path, args.size)
-        failed, samples = pictures.unreadable, len(pictures) + pictures.lost
-        if args.rewards != "none":
-            failed = score_dataset(pictures, default_rewards(pictures.captions))
-        if len(failed) > MAX_UNREADABLE * samples:
-            raise ValueError(f"{path}: {len(failed)} of {samples} samples cannot be used (the limit "
-                             f"is {MAX_UNREADABLE:.0%}): see python data.py check {path}")
-        if args.rewards != "none":
-            folder = pictures.shards[0].folder
-            if not (folder / "bins.json").exists():
-                binning.bin_dataset(pictures, default_rewards(pictures.captions), args.bins)
+        make_missing(args, path, embedded)
     if dist.is_initialized():
         dist.barrier()
     pictures = Pictures(path, args.size)
@@ -447,7 +452,7 @@ def prepare_data(args: Args, rank: int):
     captions = [text for group in pictures.captions for text in group]
     words = WORDS if embedded else Words.vocabulary_of(captions)     # a small world lacks some
     longest = max(len(split_words(text)) for text in captions)
-    encoder = Words(words, PRESETS[args.preset]["text_dim"], longest + 1)
+    encoder = Words(words, PRESETS[args.preset]["text_dim"], longest + 1)   # room for one more word
     parts = []
     for chosen in (order[args.val:], order[:args.val]):
         part = pictures.select([rows[i] for i in chosen])
@@ -558,7 +563,8 @@ def train_step(run: Run, args: Args, step: int, batch: list, world: int, dtype) 
 def validate(run: Run, val: Pictures, encoder, args: Args, source: dict, device) -> float:
     """Mean squared error of the averaged weights on the samples kept out: fixed noise and times,
     true scores, no dropout, latents handed on as in sampling."""
-    steady = replace(args, text_dropout=0.0, reward_dropout=0.0, self_condition=float(args.self_condition > 0))
+    steady = replace(args, text_dropout=0.0, reward_dropout=0.0,
+                     self_condition=float(args.self_condition > 0))
     errors = []
     for first in range(0, len(val), 64):
         rows = np.arange(first, min(first + 64, len(val)))
@@ -607,7 +613,8 @@ def probe(shown: sample.Model, val: Pictures) -> dict:
     texts = [captions[0] for captions in val.captions[:48]]
     names = default_rewards(texts)
     s_pos = torch.ones(len(texts), len(shown.rewards))
-    pictures = sample.generate(shown, texts, s_pos, torch.zeros_like(s_pos), list(range(len(texts))))
+    seeds = list(range(len(texts)))
+    pictures = sample.generate(shown, texts, s_pos, torch.zeros_like(s_pos), seeds)
     return dict(zip(names, score_all(names, pictures, texts).mean(0).tolist()))
 
 
@@ -698,7 +705,8 @@ def main(argv=None):
                            f"lr x {schedule(step, args):5.3f}  {rate:6.0f} img/s")
                 append(out, dict(step=done, loss=loss, by_t=by_t, norm=norm, rate=rate))
         if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
-            val_loss, reached = validate(run, val, encoder, args, source_val, device), probe(shown, val)
+            val_loss = validate(run, val, encoder, args, source_val, device)
+            reached = probe(shown, val)
             tqdm.write(f"step {done:6d}  validation {val_loss:.4f}  at all=1: "
                        + "  ".join(f"{name} {value:.3g}" for name, value in reached.items()))
             append(out, dict(step=done, val=val_loss, reached=reached,

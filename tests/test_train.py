@@ -224,7 +224,7 @@ def descend(parts, batch, **flags) -> torch.Tensor:
 def test_gradient_accumulation_equals_one_large_batch(parts, accumulate):
     one = descend(parts, parts.batch)
     many = descend(parts, parts.batch, accumulate=accumulate)
-    assert (many - one).norm() < 1e-5 * one.norm()                    # floats add up in other orders
+    assert (many - one).norm() < 1e-5 * one.norm()                    # sums in another order
 
 
 @pytest.mark.parametrize("left", [7, 5, 1])
@@ -385,7 +385,8 @@ def state(folder, step=8) -> dict:
 def logged(folder) -> dict:
     """{step: what was logged}, without speed: of repeated steps the last."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {(line["step"], "val" in line): {k: v for k, v in line.items() if k not in ("rate", "minutes")}
+    return {(line["step"], "val" in line):
+            {key: value for key, value in line.items() if key not in ("rate", "minutes")}
             for line in lines if "step" in line}
 
 
@@ -456,7 +457,7 @@ def test_a_finished_run_stays_as_it_is_when_its_command_runs_again(world, checkp
 
 DAMAGES = {"half": lambda content: content[:len(content) // 2], "nothing": lambda content: b"",
            "zeros": lambda content: bytes(len(content)), "text": lambda content: b"hello world",
-           "its end": lambda content: content[:-10], "a list": lambda content: pickle.dumps([1, 2], 2)}
+           "its end": lambda content: content[:-10], "a list": lambda _: pickle.dumps([1, 2], 2)}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
