@@ -361,8 +361,10 @@ def truth(claims: Claims, things: list) -> float:
         same = [t for t in things if t.shape == group.shape]
         statements.append(len(same) == asked)
         if group.color:
+            alike = sum(g.count for g in claims.groups
+                        if (g.shape, g.color) == (group.shape, group.color))
             same = [t for t in same if t.color == group.color]
-            statements.append(len(same) >= group.count)
+            statements.append(len(same) >= alike)
         members.append(same)
     if claims.relation:
         statements.append(any(holds(claims.relation, a, b) > 0.5
