@@ -13,11 +13,13 @@ import re
 import runpy
 import signal
 import sys
+import threading
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -50,6 +52,7 @@ def sentences(stderr: str) -> list:
 
 def _child(script: str, arguments: list, folder: str, environment: dict, kill: tuple | None):
     """Body of a process: run a script in a folder, and perhaps end as kill -9 would."""
+    tqdm.set_lock(threading.RLock())             # its own: a killed holder would lock all for ever
     os.chdir(folder)
     os.environ |= environment
     if kill:

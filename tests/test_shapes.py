@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import tarfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -46,8 +48,8 @@ def things_of(parameters: dict) -> list:
 
 @pytest.fixture(scope="module")
 def flawed() -> list:
-    """3,000 samples of the world as it is written."""
-    return [shapes.sample(5, i, 16) for i in range(3000)]
+    """2,000 samples of the world as it is written."""
+    return [shapes.sample(5, i, 16) for i in range(2000)]
 
 
 # ---- the detector --------------------------------------------------------------------------------
@@ -327,7 +329,7 @@ def test_prompts_are_never_captions_of_training(flawed):
     captions = {caption for _, caption, _ in flawed}
     asked = {prompt for task in TASKS for prompt in prompts(task, 85, seed=0)}
     assert not captions & asked
-    assert len(captions) > 1000 and len(asked) > 100
+    assert len(captions) > 700 and len(asked) > 100
 
 
 def test_the_tasks_are_the_six_of_geneval_and_each_asks_what_its_name_says():
@@ -409,6 +411,7 @@ def killed(folder: Path, call: int, half: bool) -> None:
     the file is written, or when all of it is and it has not got its name."""
     child = os.fork()
     if child == 0:
+        tqdm.set_lock(threading.RLock())         # its own: a killed holder would lock all for ever
         calls = itertools.count()
 
         def deadly(function, *given) -> None:
@@ -450,6 +453,7 @@ def test_a_world_killed_by_the_clock_ends_with_the_bytes_of_an_undisturbed_one(t
     for _ in range(6):
         child = os.fork()
         if child == 0:
+            tqdm.set_lock(threading.RLock())     # its own, as above
             write_world(tmp_path / "hurt", 200, 1, size=16, shard=5)
             os._exit(0)
         time.sleep(dice.uniform(0, took / 4))
