@@ -1,5 +1,6 @@
 """model.py: sizes of the released network, formulas written a second time, and invariances."""
 import copy
+import functools
 import io
 import math
 import sys
@@ -62,6 +63,7 @@ def seen_by(module: torch.nn.Module, run) -> tuple:
 
 # ---- the released sizes --------------------------------------------------------------------------
 
+@functools.cache
 def paper(rewards: tuple = SEVEN) -> TextRIN:
     with torch.device("meta"):                                  # shapes without numbers: no memory
         return TextRIN(Config(rewards=rewards, **PRESETS["paper"]))
@@ -81,8 +83,8 @@ def test_the_paper_preset_has_the_parameters_of_the_released_network():
 def test_each_reward_adds_an_embedder_and_a_position_and_nothing_else():
     D = PRESETS["paper"]["latent_dim"]
     embedder = (D // 4 * D + D) + (D * D + D)
-    for n in (0, 1, 5):
-        assert count(paper(SEVEN)) - count(paper(SEVEN[:n])) == (7 - n) * (embedder + D)
+    for n in (0, 6):
+        assert count(paper()) - count(paper(SEVEN[:n])) == (7 - n) * (embedder + D)
 
 
 def test_one_forward_of_the_paper_preset_costs_what_the_release_does():

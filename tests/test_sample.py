@@ -207,8 +207,10 @@ def test_the_checkpoint_carries_guidance_steps_and_solver(checkpoint, model, tmp
                           "--out", tmp_path / "out.png")
     own = model.config["sampler"]
     assert f"{own['steps']} {own['solver']} steps, guidance {own['guidance']:g}: " in stdout
-    found = settings(tmp_path / "out.png")
+    found, steps = settings(tmp_path / "out.png"), []
     assert {key: found[key] for key in own} == own
+    assert torch.equal(made(model, PROMPTS[:1], steps=None, progress=lambda: steps.append(1)),
+                       made(model, PROMPTS[:1], **own)) and len(steps) == own["steps"]
 
 
 # ---- what to make --------------------------------------------------------------------------------

@@ -289,19 +289,10 @@ def test_the_gradient_norm_is_clipped(parts):
     assert norm > 0.1 and (before - weights(run_.net)).norm() == pytest.approx(1e-3, rel=1e-2)
 
 
-def awake(net) -> None:
-    """Noise for the output layer, which starts at zero: v depends on everything from the start."""
-    rng = torch.Generator().manual_seed(0)
-    for linear in [net.patch_out, *(m.out for m in net.modules() if hasattr(m, "out"))]:
-        linear.weight.data.copy_(0.2 * torch.randn(linear.weight.shape, generator=rng))
-
-
 def test_bf16_gives_nearly_the_same_loss(parts):
     run_, args = new_run(parts)
-    awake(run_.net)
     half, _ = train.train_step(run_, args, 0, parts.batch, 1, torch.bfloat16)
     run_, args = new_run(parts)
-    awake(run_.net)
     full, _ = train.train_step(run_, args, 0, parts.batch, 1, torch.float32)
     assert torch.allclose(half, full, rtol=0.03) and not torch.equal(half, full)
 
@@ -309,19 +300,21 @@ def test_bf16_gives_nearly_the_same_loss(parts):
 def test_fp16_skips_a_step_that_overflows_and_stops_when_all_do(parts):
     run_, args = new_run(parts)
     run_.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    bad = [tensor * math.inf if i == 0 else tensor for i, tensor in enumerate(parts.batch)]
+    train.train_step(run_, args, 0, parts.batch, 1, torch.float32)
     before = weights(run_.net)
-    for step in range(2):                                             # its scale: 4, 2, 1
-        train.train_step(run_, args, step, bad, 1, torch.float32)
+    run_.net.patch_in.weight.register_hook(lambda grad: grad * math.inf)     # of AdamW, not of Muon
+    for step in (1, 2):                                               # its scale: 4, 2, 1
+        train.train_step(run_, args, step, parts.batch, 1, torch.float32)
     assert torch.equal(weights(run_.net), before)
     with pytest.raises(FloatingPointError):
-        train.train_step(run_, args, 2, bad, 1, torch.float32)
+        train.train_step(run_, args, 3, parts.batch, 1, torch.float32)
 
 
-def test_the_validation_loss_has_fixed_noise_true_levels_and_no_dropout(parts):
+def test_the_validation_loss_has_fixed_noise_true_levels_and_no_dropout(parts, monkeypatch):
     run_, args = new_run(parts, reward_dropout=0.9, text_dropout=0.9)
-    awake(run_.average)
-    source = parts.source | dict(s=parts.s_val)
+    source, positions, draws = parts.source | dict(s=parts.s_val), [], train.draws
+    monkeypatch.setattr(train, "draws", lambda seed, position, *rest:
+                        positions.append(position) or draws(seed, position, *rest))
     losses = []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -331,6 +324,7 @@ def test_the_validation_loss_has_fixed_noise_true_levels_and_no_dropout(parts):
     assert len(set(losses)) == 1 and math.isfinite(losses[0])
     other = source | dict(s=[1 - s for s in parts.s_val])
     assert train.validate(run_, parts.val, parts.encoder, args, other, CPU) != losses[0]
+    assert len(set(positions)) == len(parts.val) and min(positions) > 10 ** 15   # training's never
 
 
 def test_training_and_validation_share_no_picture(parts):
