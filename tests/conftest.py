@@ -115,6 +115,6 @@ def checkpoint(world, tmp_path_factory) -> Path:
     """A network after 8 steps, saved at each second one. Copy it to change it."""
     out = tmp_path_factory.mktemp("checkpoint") / "run"
     code, _, stderr = run("train.py", *TINY, "--data", world, "--out", out, "--steps", 8,
-                          "--save-every", 2, "--log-every", 2, "--sample-every", 4)
+                          "--save-every", 2, "--log-every", 2)
     assert code == 0, stderr
     return out

@@ -117,8 +117,8 @@ def train(place, *flags, data=True) -> tuple:
 
 def resume(place, *flags) -> tuple:
     """The command of the checkpoint once more. It names its data, which nothing changes."""
-    return ("train.py", *TINY, "--steps", "8", "--save-every", "2", "--log-every", "2",
-            "--sample-every", "4", "--data", place._world, "--out", place.checkpoint, *flags)
+    return ("train.py", *TINY, "--steps", "8", "--data", place._world, "--out", place.checkpoint,
+            *flags)
 
 
 def sample(place, *flags, prompt=("--prompt", "a red circle")) -> tuple:
@@ -672,9 +672,9 @@ def test_a_broken_sample_is_listed_by_name_and_stops_nothing(place, fault):
     _, lines = rewards.read_sidecar(place.world / "00000.scores.jsonl")
     assert "scores" not in lines.get("00000007", {}) and len(lines) in (299, 300)
     assert sum("scores" in line for line in lines.values()) == 299
-    code, stdout, stderr = run("binning.py", "world", "--size", 16, "--bins", 8)
-    assert code == 0 and "299 scores of 299 samples" in stdout, stderr
     if fault in ("a huge picture", "no caption"):
+        code, stdout, stderr = run("binning.py", "world", "--size", 16, "--bins", 8)
+        assert code == 0 and "299 scores of 299 samples" in stdout, stderr
         code, _, stderr = run(*train(place))
         assert code == 0, stderr
         config = json.loads((place.folder / "out" / "config.json").read_text())

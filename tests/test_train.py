@@ -25,7 +25,7 @@ import train
 from data import Words
 
 CPU = torch.device("cpu")
-EIGHT = ["--steps", 8, "--save-every", 2, "--log-every", 2, "--sample-every", 4]
+EIGHT = ["--steps", 8, "--save-every", 2, "--log-every", 2]          # as the checkpoint was made
 
 
 # ---- optimizers ----------------------------------------------------------------------------------
@@ -405,14 +405,14 @@ def assert_whole(folder) -> None:
 
 def test_kill_9_at_any_moment_of_a_checkpoint_loses_nothing(world, checkpoint, child, tmp_path):
     arguments = [*TINY, "--data", world, "--out", tmp_path / "run", *EIGHT]
-    # Files at step 2: model, config, state. At 4: grid, curves, model, config, state. At 6 and 8
-    # likewise. Each line starts from what the one before has left.
+    # Files of steps 2, 4 and 6: model, config, state. Of step 8: grid and curves before them. Each
+    # line starts from what the one before has left.
     for kill, left in ((("save", 1), []),                     # in the middle of the first state
                        (("replace", 3), []),                  # the state is written, has no name
-                       (("fsync", 5), [2]),                   # curves.png of step 4
-                       (("replace", 5), [2]),                 # the state of step 4
-                       (("replace", 7), [2, 4]),              # config.json of step 6
-                       (("replace", 8), [4, 6])):             # the last state; its model is there
+                       (("replace", 6), [2]),                 # the state of step 4
+                       (("replace", 5), [2, 4]),              # config.json of step 6
+                       (("fsync", 5), [4, 6]),                # curves.png of step 8
+                       (("replace", 5), [4, 6])):             # the last state; its model is there
         process = child("train.py", arguments, tmp_path, kill=kill)
         process.join()
         assert process.exitcode == -9, kill
@@ -510,8 +510,8 @@ def test_a_run_is_not_resumed_on_other_data(checkpoint, part):
 def test_how_often_to_save_may_change_when_a_run_is_resumed(world, checkpoint, tmp_path):
     out = shutil.copytree(checkpoint, tmp_path / "run")
     (out / "state-00000008.pt").unlink()
-    code, _, stderr = run("train.py", *TINY, "--data", world, "--out", out, *EIGHT[:2],
-                          "--save-every", 5, "--log-every", 2, "--sample-every", 4)
+    code, _, stderr = run("train.py", *TINY, "--data", world, "--out", out, *EIGHT,
+                          "--save-every", 5)
     assert code == 0, stderr
     assert_equal_runs(out, checkpoint)
 
