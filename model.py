@@ -44,13 +44,14 @@ class Config:
     latent_std: float = 0.02            # of the learned latents at the start
     sincos: bool = False                # patch positions start as sin-cos instead of noise of 0.02
     zero_out: bool = False              # every residual branch, and v, start at zero
+    patch_bias: float = 0.0             # patch_in's bias starts as noise of this std
 
 
 PRESETS = {
     # The embedded world in ten minutes on a laptop.
     "shapes": dict(channels=3, size=24, patch=3, data_dim=96, latents=24, latent_dim=96, blocks=2,
                    layers=2, read_heads=4, heads=4, text_dim=64, text_heads=4, registers=4,
-                   sigma_data=1.0, latent_std=1.0, sincos=True, zero_out=True),
+                   sigma_data=1.0, latent_std=1.0, sincos=True, zero_out=True, patch_bias=1.5),
     # The released network: SDXL-VAE latents of 256 px pictures, FLAN-T5-XL text.
     "paper": dict(channels=4, size=32, patch=2, data_dim=512, latents=256, latent_dim=1024,
                   blocks=4, layers=4, read_heads=16, heads=32, text_dim=2048, text_heads=16,
@@ -251,7 +252,9 @@ class TextRIN(nn.Module):
     def initialise(self):
         """The release's start: Xavier for every linear layer but the log-variance's, noise of 0.02
         for learned tokens, zero for the last norm of self-conditioning (it starts as no change).
-        The `shapes` preset changes what its fields latent_std, sincos and zero_out say."""
+        The `shapes` preset changes what its fields latent_std, sincos, zero_out and patch_bias say.
+        The last: patch_norm divides a patch by its rms, and a network that has to give the noise
+        back needs that scale; beside a large constant it stays in the direction."""
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("log_variance"):
@@ -264,6 +267,8 @@ class TextRIN(nn.Module):
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
         if c.sincos:
             self.positions.data.copy_(sincos(c.size // c.patch, c.data_dim))
+        if c.patch_bias:
+            nn.init.normal_(self.patch_in.bias, std=c.patch_bias)
         nn.init.zeros_(self.previous_out.weight)
         nn.init.zeros_(self.previous_out.bias)
         if c.zero_out:

@@ -28,17 +28,18 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle")
 HUES = {"red": 0, "yellow": 52, "green": 125, "cyan": 185, "blue": 232, "pink": 310}  # degrees
 COLORS = tuple(HUES)
 NUMBERS = ("a", "two", "three", "four")                              # how a caption says 1, 2, 3, 4
-PLURALS = ("circles", "squares", "triangles", "crosses")
+PLURALS = ("circles", "squares", "triangles")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(OPPOSITES)
-PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ")
+ENDINGS = ("", *(f" in a {kind}" for kind in ("drawing", "painting", "photo", "picture", "poster",
+                                              "print", "scene", "sketch")))
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval
 WORDS = tuple(sorted({word for phrase in (*SHAPES, *PLURALS, *COLORS, *NUMBERS, *RELATIONS,
-                                          *PREFIXES, "and") for word in phrase.split()}))
+                                          *ENDINGS, "and") for word in phrase.split()}))
 
 
 # ------------------------------------------------------------------------------------- the outline
@@ -53,7 +54,7 @@ class Thing:
     r: float
 
 
-AREA = (math.pi, 1.7 ** 2, 1.5, 0.72 * 4 - 0.72 ** 2)        # of each of SHAPES, in units of r²
+AREA = (math.pi, 1.7 ** 2, 1.5)                              # of each of SHAPES, in units of r²
 
 
 def coverage(kind: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, size: int):
@@ -74,12 +75,9 @@ def coverage(kind: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, size
             distance[n] = np.hypot(u[n], v[n]) - 1
         elif name == "square":
             distance[n] = np.maximum(au[n], av[n]) - 0.85
-        elif name == "triangle":                # apex at v = -1, a base of 2 at v = 0.5: centroid 0
+        else:                                   # apex at v = -1, a base of 2 at v = 0.5: centroid 0
             side = (1.5 * au[n] - v[n] - 1) / math.hypot(1.5, 1)
             distance[n] = np.maximum(v[n] - 0.5, side)
-        else:
-            distance[n] = np.minimum(np.maximum(au[n] - 1, av[n] - 0.36),
-                                     np.maximum(au[n] - 0.36, av[n] - 1))
     return np.clip(0.5 - distance * r * size, 0, 1)
 
 
@@ -104,21 +102,19 @@ class Scene:
 
 
 def arrange(kinds: list, rng: np.random.Generator) -> list:
-    """Things of the (shape, color) given, apart from each other, inside the picture and centred."""
-    n, gap = len(kinds), 0.035
-    low, high = ((0.2, 0.34), (0.15, 0.2), (0.14, 0.19), (0.14, 0.19))[n - 1]
-    while True:                                # rejection: one try in six lays two things apart
-        r = rng.uniform(low, high, n)
-        x, y = rng.uniform(r + gap, 1 - r - gap, (2, n))
-        if n > 2:                                   # three and four take one quarter each
-            quarter = rng.permutation(4)[:n]
-            x, y = rng.uniform(r + gap, 0.5 - r - gap, (2, n))
-            x, y = x + 0.5 * (quarter % 2), y + 0.5 * (quarter // 2)
-        if n != 2 or max(abs(x[0] - x[1]), abs(y[0] - y[1])) > r.sum() + 2 * gap:
-            break
-    for axis in (x, y):                             # centre the group as far as it stays in
-        shift = 0.5 + rng.uniform(-0.06, 0.06) - np.average(axis, weights=r ** 2)
-        axis += np.clip(shift, (r + gap - axis).max(), (1 - r - gap - axis).min())
+    """Things of the (shape, color) given: one in the middle, two in a row or a column, three and
+    four in a quarter of the picture each. All are a little off, each by its own and together."""
+    n = len(kinds)
+    low, high = ((0.28, 0.34), (0.185, 0.215), (0.175, 0.205), (0.175, 0.205))[n - 1]
+    r = rng.uniform(low, high, n)
+    places = np.array([(0.5, 0.5)])
+    if n == 2:
+        places = np.array([(0.26, 0.5), (0.74, 0.5)])[:, rng.permutation(2)]
+    elif n > 2:
+        places = np.array([(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)])
+    x, y = (rng.permutation(places)[:n] + rng.uniform(-0.04, 0.04, 2)
+            + rng.uniform(-0.012, 0.012, (n, 2))).T
+    x, y = np.clip(x, r + 0.02, 0.98 - r), np.clip(y, r + 0.02, 0.98 - r)
     return [Thing(*k, float(a), float(b), float(c)) for k, a, b, c in zip(kinds, x, y, r)]
 
 
@@ -133,12 +129,12 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
                       np.array([t.r for t in scene.things]), size)
     for thing, alpha in zip(scene.things, shapes[..., None]):
         picture += alpha * (rgb(HUES[thing.color], scene.saturation) - picture)
-    for _ in range(round(40 * scene.clutter)):                                        # confetti
-        side = max(1, round(size * rng.uniform(0.05, 0.12)))
+    for _ in range(round(12 * scene.clutter)):                                        # confetti
+        side = max(1, round(size * rng.uniform(0.08, 0.15)))
         i, j = rng.integers(0, size - side + 1, 2)
         picture[i:i + side, j:j + side] = rgb(rng.uniform(0, 360), rng.uniform(0.5, 1))
     if scene.blur:
-        blur = ImageFilter.GaussianBlur(0.1 * size * scene.blur)
+        blur = ImageFilter.GaussianBlur(0.06 * size * scene.blur)
         picture = np.asarray(Image.fromarray(to_uint8(picture)).filter(blur)) / 255
     return to_uint8(picture + scene.wash * (0.8 - picture))
 
@@ -166,7 +162,7 @@ class Claims:
 
 
 def write(claims: Claims) -> str:
-    """The caption of some claims, without a prefix: "a red circle left of two squares"."""
+    """The caption of some claims, without an ending: "a red circle left of two squares"."""
     phrases = []
     for group in claims.groups:
         kind = SHAPES.index(group.shape)
@@ -176,8 +172,8 @@ def write(claims: Claims) -> str:
 
 
 _GROUP = rf"({'|'.join(NUMBERS)}) (?:({'|'.join(COLORS)}) )?({'|'.join(PLURALS + SHAPES)})"
-_CAPTION = re.compile(rf"(?:{'|'.join(PREFIXES[1:])})?{_GROUP}"
-                      rf"(?: (and|{'|'.join(RELATIONS)}) {_GROUP})?")
+_CAPTION = re.compile(rf"{_GROUP}(?: (and|{'|'.join(RELATIONS)}) {_GROUP})?"
+                      rf"(?:{'|'.join(ENDINGS)})")
 
 
 def parse(caption: str) -> Claims:
@@ -218,16 +214,20 @@ def compose(task: str, rng: np.random.Generator) -> tuple:
     """Things for a task and the true claims about them: (list of Thing, Claims).
 
     The names are GenEval's six, or "any": the six and their mixtures (colour with count, colour
-    with position), which web captions have too.
+    with position), which web captions have too. Several things are harder to learn than one, so
+    "any" has more of them. Joined by "and", the first is the left or the upper one, as one reads.
     """
     pick = lambda values: values[rng.integers(len(values))]
     if task == "any":
-        task = pick((*TASKS, "color_count", "color_position"))
+        task = pick(("single_object", "colors", "color_count", "color_position", "color_attr")
+                    + 2 * ("two_object", "position", "color_attr") + 3 * ("counting",))
     colored = task.startswith("color")
     if task in ("two_object", "position", "color_attr", "color_position"):
         first, second = rng.permutation(len(SHAPES))[:2]
         kinds = [(SHAPES[first], pick(COLORS)), (SHAPES[second], pick(COLORS))]
         things = arrange(kinds, rng)
+        if task in ("two_object", "color_attr"):
+            things.sort(key=lambda thing: thing.x + thing.y)
         groups = [Group(1, t.color if colored else None, t.shape) for t in things]
         relation = None
         if task in ("position", "color_position"):
@@ -269,7 +269,7 @@ def prompts(task: str, n: int, seed: int) -> list:
     """n captions of a task that training never sees (held_out). They repeat where few exist."""
     rng, found = np.random.default_rng([seed, 1, TASKS.index(task)]), []
     while len(found) < n:
-        caption = PREFIXES[rng.integers(len(PREFIXES))] + write(compose(task, rng)[1])
+        caption = write(compose(task, rng)[1]) + ENDINGS[rng.integers(len(ENDINGS))]
         if held_out(caption):
             found.append(caption)
     return found
@@ -386,10 +386,10 @@ def sample(seed: int, index: int, size: int, clean: bool = False) -> tuple:
         kind = None
         if not clean and rng.random() < 0.3:
             kind, claims = lie(claims, rng)
-        caption = PREFIXES[rng.integers(len(PREFIXES))] + write(claims)
+        caption = write(claims) + ENDINGS[rng.integers(len(ENDINGS))]
         if not held_out(caption):
             break
-    scene = Scene(things, background=rng.uniform(0, 1), saturation=rng.uniform(0.5, 1))
+    scene = Scene(things, background=rng.uniform(0.3, 0.7), saturation=rng.uniform(0.5, 1))
     if not clean:
         scene.wash, scene.blur, scene.clutter, scene.frame = (
             rng.uniform(0.3, 1, 4) * (rng.random(4) < 0.16)).tolist()

@@ -149,25 +149,25 @@ def text_called_tar(place):
 
 def duplicate_key(place):
     (place.folder / "d").mkdir()
-    tar(place.folder / "d/0.tar", {"a.png": png(), "a.txt": b"a cross", "a.x.png": png()})
+    tar(place.folder / "d/0.tar", {"a.png": png(), "a.txt": b"a triangle", "a.x.png": png()})
     return ("rewards.py", "d"), "a.x.png is a second picture with the key 'a'"
 
 
 def same_name_twice(place):
     (place.folder / "d").mkdir()
-    tar(place.folder / "d/0.tar", {"a.png": png(), "a.txt": b"a cross", "a.png#2": png()})
+    tar(place.folder / "d/0.tar", {"a.png": png(), "a.txt": b"a triangle", "a.png#2": png()})
     return ("data.py", "check", "d"), "a.png is a second picture with the key 'a'"
 
 
 def path_escape(place):
     place.write("secret.png", png())
-    place.write("d/metadata.jsonl", [{"file_name": "../secret.png", "text": "a cross"}])
+    place.write("d/metadata.jsonl", [{"file_name": "../secret.png", "text": "a triangle"}])
     return ("rewards.py", "d"), "metadata.jsonl, line 1: '../secret.png' leaves the dataset folder"
 
 
 def absolute_path(place):
     name = str(place.write("secret.png", png()))
-    place.write("d/metadata.jsonl", [{"file_name": name, "text": "a cross"}])
+    place.write("d/metadata.jsonl", [{"file_name": name, "text": "a triangle"}])
     return train(place, "--data", "d"), "metadata.jsonl, line 1"
 
 
@@ -391,7 +391,7 @@ def other_size(place):
 
 
 def missing_checkpoint(place):
-    return ("sample.py", "--checkpoint", "nowhere", "--prompt", "a cross"), \
+    return ("sample.py", "--checkpoint", "nowhere", "--prompt", "a triangle"), \
         "nowhere/config.json does not exist: train with python train.py"
 
 
@@ -535,11 +535,11 @@ def prompts_not_utf_8(place):
 
 
 def prompts_half_json(place):
-    return prompts(place, 'a cross\n{"prompt": "a cr'), "jobs.jsonl, line 2 is not JSON"
+    return prompts(place, 'a triangle\n{"prompt": "a cr'), "jobs.jsonl, line 2 is not JSON"
 
 
 def prompts_unknown_key(place):
-    return prompts(place, [{"prompt": "a cross", "tragets": {}}]), "jobs.jsonl, line 1 needs"
+    return prompts(place, [{"prompt": "a triangle", "tragets": {}}]), "jobs.jsonl, line 1 needs"
 
 
 def prompts_without_prompt(place):
@@ -547,25 +547,25 @@ def prompts_without_prompt(place):
 
 
 def prompts_negative_seed(place):
-    return prompts(place, [{"prompt": "a cross", "seed": -1}]), "jobs.jsonl, line 1 needs"
+    return prompts(place, [{"prompt": "a triangle", "seed": -1}]), "jobs.jsonl, line 1 needs"
 
 
 def prompts_seed_of_text(place):
-    return prompts(place, [{"prompt": "a cross", "seed": "7"}]), "a seed (0 or more): see seed"
+    return prompts(place, [{"prompt": "a triangle", "seed": "7"}]), "a seed (0 or more): see seed"
 
 
 def prompts_targets_of_text(place):
-    return prompts(place, [{"prompt": "a cross", "targets": "all=1"}]), "see targets"
+    return prompts(place, [{"prompt": "a triangle", "targets": "all=1"}]), "see targets"
 
 
 def prompts_target_too_high(place):
-    return (prompts(place, [{"prompt": "a cross", "targets": {"contrast": 2}}]),
-            "jobs.jsonl, 'a cross': targets contrast=2: a level is a number from 0")
+    return (prompts(place, [{"prompt": "a triangle", "targets": {"contrast": 2}}]),
+            "jobs.jsonl, 'a triangle': targets contrast=2: a level is a number from 0")
 
 
 def prompts_unknown_reward(place):
-    return (prompts(place, [{"prompt": "a cross", "negative": {"beauty": 0}}]),
-            "jobs.jsonl, 'a cross': negative beauty=0: no such reward")
+    return (prompts(place, [{"prompt": "a triangle", "negative": {"beauty": 0}}]),
+            "jobs.jsonl, 'a triangle': negative beauty=0: no such reward")
 
 
 WAYS = [way for way in [*vars().values()]                # every function above that takes a place

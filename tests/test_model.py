@@ -420,6 +420,15 @@ def test_the_start_is_the_one_described():
     assert not model.previous_out.weight.any() and not model.previous_out.bias.any()
 
 
+def test_a_patch_bias_lets_the_scale_of_a_patch_through_the_norm():
+    x = noise(1, 6, fresh().patch_in.in_features)
+    for bias, kept in ((0.0, False), (1.5, True)):
+        model = fresh(patch_bias=bias)
+        half, whole = (model.patch_norm(model.patch_in(k * x)) for k in (0.5, 1.0))
+        assert ((half - whole).abs().max() > 0.1) == kept
+        assert model.patch_in.bias.std().item() == pytest.approx(bias, rel=0.5)
+
+
 def test_a_zero_start_is_a_velocity_of_zero_and_tokens_that_pass_every_layer_unchanged():
     model, call = fresh(zero_out=True), inputs()
     x, z, tokens, mask = seen_by(model.blocks[0], lambda: model(**call))

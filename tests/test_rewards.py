@@ -370,7 +370,7 @@ def test_a_changed_caption_is_scored_anew_and_the_others_are_not(tmp_path, calls
     data = folder_of_pictures(tmp_path / "pictures")
     scored(data)
     calls.clear()
-    (data / "005.txt").write_text("four pink crosses")
+    (data / "005.txt").write_text("four pink triangles")
     with pytest.raises(ValueError, match=r"00000.scores.jsonl: the captions of key '005' have"):
         read_scores(Pictures(data, S), REWARDS)
     scored(data)
@@ -382,7 +382,7 @@ def test_a_changed_caption_is_scored_anew_and_the_others_are_not(tmp_path, calls
 def test_a_picture_with_two_captions_has_two_scores(tmp_path):
     data = folder_of_pictures(tmp_path / "pictures", 3)
     caption = (data / "001.txt").read_text()
-    (data / "001.json").write_text(json.dumps({"captions": ["four pink crosses"]}))
+    (data / "001.json").write_text(json.dumps({"captions": ["four pink triangles"]}))
     scored(data)
     _, raws = read_scores(Pictures(data, S), ("contrast", "alignment"))
     assert [raw.shape for raw in raws] == [(1, 2), (2, 2), (1, 2)]

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import shapes
 from conftest import run, sentences
 from data import Pictures
-from shapes import (COLORS, PREFIXES, RELATIONS, SHAPES, TASKS, WORDS, Claims, Group, Scene, Thing,
+from shapes import (COLORS, ENDINGS, RELATIONS, SHAPES, TASKS, WORDS, Claims, Group, Scene, Thing,
                     compose, detect, draw, holds, lie, parse, prompts, truth, write, write_world)
 
 FAULTS = ("wash", "blur", "clutter", "frame")
@@ -69,15 +69,15 @@ def test_the_detector_reads_ten_thousand_clean_scenes_back_exactly():
 
 # Measured on 3,000 scenes with one fault of uniform degree in [0.3, 1]; "mild" is below 0.475.
 #           all things right  drawn things found (mild)  read things drawn  truth of the caption
-#   wash          0.752            0.752 (1.000)               1.000              0.752
-#   blur          0.402            0.511 (0.904)               0.516              0.477
-#   clutter       0.010            0.697 (0.790)               0.191              0.466
-#   frame         0.562            0.733 (0.946)               0.819              0.650
-# The caption of another scene is true to 0.13 (wash) to 0.21 (clutter). Confetti of three pixels a
+#   wash          0.752            0.753 (1.000)               1.000              0.752
+#   blur          0.810            0.884 (1.000)               0.885              0.842
+#   clutter       0.006            0.829 (0.884)               0.275              0.532
+#   frame         0.606            0.768 (0.942)               0.829              0.677
+# The caption of another scene is true to 0.18 (wash) to 0.23 (blur). Confetti of three pixels a
 # side is read as things. The floors stand three standard deviations of 600 scenes lower.
 @pytest.mark.parametrize("fault, found, found_if_mild, drawn, true", [
-    ("wash", 0.72, 0.99, 1.00, 0.72), ("blur", 0.47, 0.85, 0.47, 0.44),
-    ("clutter", 0.66, 0.73, 0.17, 0.41), ("frame", 0.70, 0.89, 0.77, 0.59)])
+    ("wash", 0.72, 0.99, 1.00, 0.72), ("blur", 0.84, 0.99, 0.84, 0.80),
+    ("clutter", 0.79, 0.83, 0.25, 0.48), ("frame", 0.73, 0.89, 0.78, 0.62)])
 def test_the_detector_reads_much_of_spoilt_scenes_too(fault, found, found_if_mild, drawn, true):
     degrees, pictures, scenes = np.linspace(0.3, 1, 600), [], []
     for i, degree in enumerate(degrees.tolist()):
@@ -154,22 +154,23 @@ def test_every_claim_that_can_be_written_is_read_back():
             caption = write(claims)
             assert parse(caption) == claims, caption
             words.update(caption.split())
-    words.update(" ".join(PREFIXES).split())
+    words.update(" ".join(ENDINGS).split())
     assert WORDS == tuple(sorted(words))
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_a_prefix_capitals_spaces_and_a_full_stop_change_no_claim(prefix):
-    claims = Claims([Group(1, "red", "circle"), Group(3, None, "cross")], "above")
-    assert parse(prefix + write(claims)) == claims
-    assert parse(f"  {(prefix + write(claims)).upper().replace(' ', '  ')}. ") == claims
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_ending_capitals_spaces_and_a_full_stop_change_no_claim(ending):
+    claims = Claims([Group(1, "red", "circle"), Group(3, None, "triangle")], "above")
+    assert parse(write(claims) + ending) == claims
+    assert parse(f"  {(write(claims) + ending).upper().replace(' ', '  ')}. ") == claims
 
 
 @pytest.mark.parametrize("caption", [
-    "", " ", "a", "a photo of", "circle", "red circle", "a dog", "a purple circle", "a red hexagon",
-    "five circles", "a circle and a square and a cross", "a circle beside a square", "a circle and",
+    "", " ", "a", "a photo of a circle", "circle", "red circle", "a dog", "a purple circle",
+    "a red hexagon", "five circles", "a circle and a square and a circle", "a circle and",
+    "a circle beside a square",
     "a circle a square", "a circle, a square", "a red blue circle", "a circlea square",
-    "a photo of a photo of a circle", "1 circle", "a circle\x00", "α circle"])
+    "a circle in a photo in a photo", "in a photo", "1 circle", "a circle\x00", "α circle"])
 def test_foreign_text_is_refused_with_a_sentence_that_says_what_is_valid(caption):
     with pytest.raises(ValueError) as error:
         parse(caption)
@@ -183,8 +184,8 @@ def at(shape: str, color: str, x: float = 0.5, y: float = 0.5, r: float = 0.1) -
 
 
 RED_CIRCLE, BLUE_SQUARE = at("circle", "red", 0.2), at("square", "blue", 0.8)
-THREE = [at("cross", "pink", 0.2, 0.2), at("cross", "pink", 0.8, 0.2),
-         at("cross", "cyan", 0.5, 0.8)]
+THREE = [at("triangle", "pink", 0.2, 0.2), at("triangle", "pink", 0.8, 0.2),
+         at("triangle", "cyan", 0.5, 0.8)]
 
 
 @pytest.mark.parametrize("caption, things, share", [
@@ -197,20 +198,20 @@ THREE = [at("cross", "pink", 0.2, 0.2), at("cross", "pink", 0.8, 0.2),
     ("a blue circle and a red square", [RED_CIRCLE, BLUE_SQUARE], 1 / 2),   # swapped attributes
     ("a red circle and a red square", [RED_CIRCLE, BLUE_SQUARE], 3 / 4),
     ("a red circle and a blue square", [RED_CIRCLE], 1 / 2),
-    ("a red triangle and a green cross", [RED_CIRCLE, BLUE_SQUARE], 0),
+    ("a red triangle and a green triangle", [RED_CIRCLE, BLUE_SQUARE], 0),
     ("a circle left of a square", [RED_CIRCLE, BLUE_SQUARE], 1),
     ("a square right of a circle", [RED_CIRCLE, BLUE_SQUARE], 1),
     ("a square left of a circle", [RED_CIRCLE, BLUE_SQUARE], 2 / 3),
     ("a circle above a square", [RED_CIRCLE, BLUE_SQUARE], 2 / 3),
     ("a blue circle left of a square", [RED_CIRCLE, BLUE_SQUARE], 2 / 4),   # no blue circle stands
-    ("three crosses", THREE, 1),
-    ("two crosses", THREE, 0),                                   # exactly two, not at least two
-    ("four crosses", THREE, 0),
-    ("two pink crosses", THREE, 1 / 2),                          # three crosses, two of them pink
-    ("three pink crosses", THREE, 1 / 2),
-    ("two pink crosses and a cyan cross", THREE, 1),
-    ("a pink cross above a cyan cross", [THREE[0], THREE[2]], 1),
-    ("a cross and a cross", [THREE[0]], 0),                      # one thing is not counted twice
+    ("three triangles", THREE, 1),
+    ("two triangles", THREE, 0),                                   # exactly two, not at least two
+    ("four triangles", THREE, 0),
+    ("two pink triangles", THREE, 1 / 2),                        # three triangles, two of them pink
+    ("three pink triangles", THREE, 1 / 2),
+    ("two pink triangles and a cyan triangle", THREE, 1),
+    ("a pink triangle above a cyan triangle", [THREE[0], THREE[2]], 1),
+    ("a triangle and a triangle", [THREE[0]], 0),                # one thing is not counted twice
     ("a circle left of a circle", [RED_CIRCLE], 0),
     ("a red circle and a red circle", [RED_CIRCLE, at("circle", "red", 0.8)], 1),
     ("a red circle and a red circle", [RED_CIRCLE, at("circle", "blue", 0.8)], 1 / 2),
