@@ -441,7 +441,8 @@ def batches(pictures: Pictures, seed: int, first_step: int, last_step: int, batc
     `batch` is global: step k covers the positions [k*batch, (k+1)*batch) of `rows_at`, and rank r
     its r-th contiguous slice. So a step is the same after a resume, with any number of workers,
     and each sample comes once per epoch. Unreadable samples are left out (b is smaller, perhaps
-    0) and recorded in pictures.unreadable; more than 1 % of them is a ValueError.
+    0) and recorded in pictures.unreadable; more than 1 % of what this rank has read (beyond bad
+    luck: three standard deviations, from 100 samples on) is a ValueError.
     """
     if batch % world:
         raise ValueError(f"a batch of {batch} cannot be shared by {world} processes; choose a "

@@ -2,7 +2,8 @@
 
     python evaluate.py shapes runs/shapes            # 512 unseen prompts of GenEval's six tasks
 
-Three questions of the paper, on captions that training never saw (shapes.held_out):
+Three questions of the paper, on captions that training never saw (shapes.held_out; their claims it
+did see, with other endings):
 1. quality: how much of the caption is true in the picture when every reward is asked for at 1?
 2. honesty: how much of it at 0? (bad pictures were learned as bad)
 3. control: does raising one target from 0 to 1, the others left at 1, raise that measure?
@@ -31,9 +32,11 @@ def evaluate_shapes(model: sample.Model, n: int = 512, alone: int = 128, seed: i
     """Native scores of pictures of unseen prompts, the six tasks in turn, image i from noise i.
 
     n prompts at all=1 and at all=0, the first `alone` of them with each single target at 0; at the
-    checkpoint's own guidance, steps and solver, away from all=0. Returns {request: {reward: mean}},
-    and under "tasks" the mean alignment of each task at all=1.
+    checkpoint's own guidance, steps and solver, away from all=0. Returns {request: {reward: mean, "n": count}},
+    "all=1, first" for the same prompts as the single targets, and under "tasks" the mean alignment
+    of each task at all=1.
     """
+    alone = min(alone, n)
     texts = [prompts(task, -(-n // len(TASKS)), seed) for task in TASKS]
     texts = [text for six in zip(*texts) for text in six][:n]
     names = default_rewards([(text,) for text in texts])
@@ -44,9 +47,10 @@ def evaluate_shapes(model: sample.Model, n: int = 512, alone: int = 128, seed: i
     rounds = sum(-(-count // batch) for count in requests.values())
     with tqdm(total=rounds * steps, desc="evaluating", unit="step", leave=False) as bar:
         for request, count in requests.items():
-            s_pos = levels(model, count, "all=1" if not model.rewards else request)
+            s_pos = levels(model, count, request)
+            w = 0.0 if request == "all=0" else None          # s⁺ = s⁻ there: guidance would do nothing
             pictures = sample.generate(model, texts[:count], s_pos, torch.zeros_like(s_pos),
-                                       list(range(count)), batch=batch, progress=bar.update)
+                                       list(range(count)), w, batch=batch, progress=bar.update)
             scores = score_all(names, pictures, texts[:count])                   # (count, R)
             found[request] = dict(zip(names, scores.mean(0).tolist()))
             found[request]["n"] = count
@@ -59,7 +63,8 @@ def evaluate_shapes(model: sample.Model, n: int = 512, alone: int = 128, seed: i
 
 
 def report(model: sample.Model, found: dict) -> str:
-    """The three answers as a table: means in native units, the last column in std of the data."""
+    """The three answers as a table: means in native units, the last column in std of the data; the
+    columns alone=0 and alone=1 are of the first prompts."""
     lines = [f"{'reward':14}{'all=0':>9}{'all=1':>9}{'alone=0':>9}{'alone=1':>9}{'gain/std':>10}"]
     for name, top in found["all=1, first"].items():
         low, bottom = (found.get(request, {}).get(name, float("nan"))
@@ -72,7 +77,8 @@ def report(model: sample.Model, found: dict) -> str:
 
 
 def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int = 6):
-    """One prompt and one noise: a row a reward, its target from 0 to 1 (the others at 1)."""
+    """One prompt and one noise: a row a reward, its target from 0 to 1 (the others at 1); the first
+    row moves all."""
     values = torch.linspace(0, 1, columns).tolist()
     names = ("all", *model.rewards)
     s_pos = torch.cat([levels(model, 1, f"{name}={v}") for name in names for v in values])
@@ -87,7 +93,7 @@ def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int
 
 def evaluate_folder(model: sample.Model, folder: Path, n: int) -> dict:
     """Evaluate, print the table, and write evaluation.json and control.png into the folder."""
-    found = evaluate_shapes(model, n, min(n, 128))
+    found = evaluate_shapes(model, n)
     print(report(model, found))
     if model.rewards:
         figure = control_figure(model, prompts("colors", 1, 0)[0])

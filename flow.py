@@ -5,7 +5,7 @@ Symbols (the whole project uses them):
     x_0 data · eps ~ N(0, I) noise · t (B,) 0 = data, 1 = noise · x_t = (1 - t) x_0 + t eps
     v = eps - x_0 velocity · s (B, R) reward levels in [0, 1], 1 = best bin, -1 = not asked for;
     s_pos, s_neg: the levels wanted and those to move away from
-    text (B, L, D), text_mask (B, L) True = token · w guidance weight, 0 = off
+    c the caption: text (B, L, E), text_mask (B, L) True = token · w guidance weight, 0 = off
     z (B, M, D) latents of the network, handed on from step to step · u (B,) learned log-variance
 
 Every function works on any model with `model(x_t, t, s, text, text_mask, z) -> v, z, u`.
@@ -41,6 +41,9 @@ def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
         k = self_condition
         with torch.no_grad():
             latents = model(x_t[k], t[k], s[k], text[k], text_mask[k])[1]        # (K, M, D)
+        # Before torch 2.10 the weights that autocast cast here would serve the pass below, too, and
+        # get no gradient: they were cast without one.
+        torch.clear_autocast_cache()
         z = latents.new_zeros(len(x_t), *latents.shape[1:])                      # (B, M, D)
         z[k] = latents
     v, _, u = model(x_t, t, s, text, text_mask, z)                               # v (B, C, H, W)
@@ -52,7 +55,8 @@ def guide(v_pos: torch.Tensor, v_neg: torch.Tensor, w: float) -> torch.Tensor:
     """Multi-reward guidance on all channels: v̂ = v⁺ + w (v⁺ - v⁻)  (paper, equation 5).
 
     v⁺ sees s_pos, v⁻ sees s_neg. It tilts the samples towards p(x|c, s_pos) times
-    [p(s_pos|x, c) / p(s_neg|x, c)]^w. w = 0 is off; the same picture in others' "1 + w" is w + 1.
+    [p(s_pos|x, c) / p(s_neg|x, c)]^w. w = 0 is off. Where others write v⁻ + ω (v⁺ - v⁻), their ω
+    is w + 1.
     """
     return v_pos + w * (v_pos - v_neg)
 
@@ -86,13 +90,16 @@ def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_n
     if text_neg is None:
         text_neg, text_mask_neg = text, text_mask
     s_both = torch.cat([s_pos, s_neg])                                           # (2B, R)
-    text_both = torch.cat([text, text_neg])                                      # (2B, L, D)
+    text_both = torch.cat([text, text_neg])                                      # (2B, L, E)
     mask_both = torch.cat([text_mask, text_mask_neg])                            # (2B, L)
-    x_t, z, v_last, last, B = eps, None, None, None, len(eps)
+    x_t, z, v_last, last, B, was_guided = eps, None, None, None, len(eps), False
     times = step_times(steps, shift)
     for now, after in zip(times[:-1], times[1:]):
         t = torch.full((B,), now, device=eps.device)                             # (B,)
-        if w != 0 and interval[0] <= now <= interval[1]:
+        guided = w != 0 and interval[0] <= now <= interval[1]
+        if guided != was_guided:                    # v̂ jumps here: no line through both sides of it
+            v_last, was_guided = None, guided
+        if guided:
             if z is not None and len(z) == B:         # guidance begins: both branches share a past
                 z = torch.cat([z, z])                                            # (2B, M, D)
             v, z, _ = model(torch.cat([x_t, x_t]), torch.cat([t, t]), s_both, text_both, mask_both,

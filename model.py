@@ -1,7 +1,7 @@
-"""TextRIN: a recurrent interface network that reads text and reward levels.
+r"""TextRIN: a recurrent interface network that reads text and reward levels.
 
-                 s (B, R) reward levels    text (B, L, D)
-                        \\                  /
+                 s (B, R) reward levels    text (B, L, E)
+                        \                   /
      t ── embed ──┐   2 self-attention layers over [rewards | registers | text]
                   └──────────────┬──┘
                             condition tokens
@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, eps=1e-6).type_as(x) * self.weight
+        return F.rms_norm(x.float(), self.weight.shape, eps=1e-6).type_as(x) * self.weight   # (..., D)
 
 
 class Fourier(nn.Module):
@@ -79,7 +79,7 @@ class Fourier(nn.Module):
         self.register_buffer("phases", 2 * math.pi * torch.rand(dim))
 
     def forward(self, x):
-        return math.sqrt(2) * torch.cos(torch.outer(x.float(), self.frequencies) + self.phases)
+        return math.sqrt(2) * torch.cos(torch.outer(x.float(), self.frequencies) + self.phases)   # (B, D)
 
 
 class Level(nn.Module):
@@ -149,7 +149,7 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).chunk(3, -1)                                   # (B, N, D) x 3
         else:
             q, (k, v) = self.q(x), self.kv(source).chunk(2, -1)                  # (B, N | M, width)
-        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))   # heads
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))   # H x d
         q, k = self.q_norm(q), self.k_norm(k)                                    # (B, H, N | M, d)
         if mask is not None:
             mask = mask[:, None, None, :]                                        # (B, 1, 1, M)
@@ -179,7 +179,7 @@ class Compute(nn.Module):
         self.norm_2, self.mlp = RMSNorm(dim), SwiGLU(dim)
 
     def forward(self, z):
-        z = z + self.attention(self.norm_1(z))                                         # (B, M, D)
+        z = z + self.attention(self.norm_1(z))                                   # (B, M, D)
         return z + self.mlp(self.norm_2(z))                                      # (B, M, D)
 
 
@@ -253,8 +253,8 @@ class TextRIN(nn.Module):
         """The release's start: Xavier for every linear layer but the log-variance's, noise of 0.02
         for learned tokens, zero for the last norm of self-conditioning (it starts as no change).
         The `shapes` preset changes what its fields latent_std, sincos, zero_out and patch_bias say.
-        The last: patch_norm divides a patch by its rms, and a network that has to give the noise
-        back needs that scale; beside a large constant it stays in the direction."""
+        The last: predicting the noise needs each patch's magnitude, which patch_norm divides away;
+        added to a large constant it survives as the direction of the sum."""
         c = self.config
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("log_variance"):
@@ -298,7 +298,7 @@ class TextRIN(nn.Module):
         return tokens, mask
 
     def forward(self, x_t, t, s, text, text_mask, z=None):
-        c, gamma = self.config, (1 - t).clamp(min=1e-9)                          # (B,)
+        c, gamma = self.config, 1 - t                                            # (B,)
         g = gamma.view(-1, 1, 1, 1)                                              # (B, 1, 1, 1)
         x = x_t / torch.sqrt((g * c.sigma_data) ** 2 + (1 - g) ** 2)             # (B, C, S, S)
         x = to_patches(x, c.patch)                                               # (B, N, p² C)
@@ -309,6 +309,8 @@ class TextRIN(nn.Module):
         tokens = torch.cat([time.type_as(tokens), tokens], 1)                    # (B, 1 + K, D)
         mask = F.pad(mask, (1, 0), value=True)                                   # (B, 1 + K)
 
+        # Trained without latents (self_condition 0), previous_out.weight gets no gradient and stays
+        # zero: the latents that sampling hands on then change nothing but a bias.
         if z is None:
             z = x.new_zeros(len(x), c.latents, c.latent_dim)                     # (B, M, D)
         previous = self.previous_out(z + self.previous_mlp(self.previous_norm(z)))   # (B, M, D)

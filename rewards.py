@@ -118,7 +118,7 @@ def composition(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
 # name: (scorer, version). The order is that of the columns. Raise the version when a scorer's
 # results change (alignment: also when shapes.detect does), and old scores are made anew.
 SCORERS = {
-    "alignment": (alignment, "1"),
+    "alignment": (alignment, "2"),
     "colorfulness": (colorfulness, "1"),
     "contrast": (contrast, "1"),
     "sharpness": (sharpness, "1"),
@@ -398,8 +398,9 @@ def score_dataset(pictures: Pictures, names: Sequence[str], batch: int = 256, re
     Returns {"shard/key": why it has no scores}, with the samples that lack a picture or caption.
     """
     mine = pictures.shards[rank::world]
+    names_here = {shard.name for shard in mine}
     failures = {name: reason for name, reason in pictures.unreadable.items()
-                if name.split("/")[0] in {shard.name for shard in mine}}
+                if name.split("/")[0] in names_here}
     values = {name: array("d") for name in names}
     with tqdm(total=sum(shard.stop - shard.start for shard in mine), desc="scoring", unit="picture",
               disable=rank > 0) as bar:

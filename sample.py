@@ -4,7 +4,8 @@
     python sample.py --prompt "two green triangles" --sweep contrast=0:1:5 --n 4
     python sample.py --prompts prompts.txt --best-of 8 --by alignment --out pictures/
 
-Image i depends on --seed + i alone: not on the batch, the device or the order.
+The noise of picture i of a prompt comes from --seed + i alone (best of N: --seed + i N + candidate)
+and is drawn on the CPU: batch and device change no more than rounding.
 """
 import argparse
 import json
@@ -104,14 +105,15 @@ def generate(model: Model, prompts: list, s_pos: torch.Tensor, s_neg: torch.Tens
     """
     c, defaults = model.config["network"], model.config["sampler"]
     eps = noise(seeds, (c["channels"], c["size"], c["size"]))                    # (B, C, S, S)
-    text, mask = model.encoder.encode(prompts)                                   # (B, L, D), (B, L)
+    text, mask = model.encoder.encode(prompts)                                   # (B, L, E), (B, L)
     negative = prompts if negative_prompt is None else [negative_prompt] * len(prompts)
-    text_neg, mask_neg = model.encoder.encode(negative)                          # (B, L, D), (B, L)
+    text_neg, mask_neg = model.encoder.encode(negative)                          # (B, L, E), (B, L)
     tensors = [a.to(model.device) for a in (eps, s_pos, s_neg, text, mask, text_neg, mask_neg)]
-    x = [flow.sample(model.net, *(a[i:i + batch] for a in tensors),
-                     w=defaults["guidance"] if guidance is None else guidance,
-                     steps=steps or defaults["steps"], solver=solver or defaults["solver"],
-                     shift=shift or defaults["shift"], interval=interval, progress=progress)
+    asked = dict(guidance=guidance, steps=steps, solver=solver, shift=shift)
+    chosen = defaults | {key: value for key, value in asked.items() if value is not None}
+    w = chosen.pop("guidance")
+    x = [flow.sample(model.net, *(a[i:i + batch] for a in tensors), w=w, interval=interval,
+                     progress=progress, **chosen)
          for i in range(0, len(prompts), batch)]
     mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     return (torch.cat(x).cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
@@ -203,13 +205,13 @@ def measurable(model: Model, prompts: list) -> tuple:
                  if all(name in names for names in suited))
 
 
-def measure(model: Model, pictures: torch.Tensor, prompts: list) -> list:
-    """Re-measure generated pictures: a list of {reward: level reached, or raw where unbinned}."""
+def measure(model: Model, pictures: torch.Tensor, prompts: list) -> tuple:
+    """Measure generated pictures anew: two lists of {reward: value}, levels and raw scores (twice
+    raw without bins)."""
     names = measurable(model, prompts)
     raw = score_all(names, pictures, prompts).numpy()                            # (B, R')
-    if model.bins is not None:
-        raw = model.bins.select(names).to_target(raw)
-    return [dict(zip(names, map(float, row))) for row in raw]
+    levels = raw if model.bins is None else model.bins.select(names).to_target(raw)
+    return tuple([dict(zip(names, map(float, row))) for row in a] for a in (levels, raw))
 
 
 def tile(picture: torch.Tensor, lines: list, scale: int) -> Image.Image:
@@ -294,7 +296,7 @@ def best(made: list, count: int, by: str | None) -> list:
     """Of each `count` candidates in a row the one with the highest measured `by`."""
     if count == 1:
         return made
-    return [max(made[i:i + count], key=lambda job: job["measured"][by])
+    return [max(made[i:i + count], key=lambda job: job["raw"][by])        # levels tie in the top bin
             for i in range(0, len(made), count)]
 
 
@@ -340,7 +342,8 @@ def read_command(argv=None):
     add("--prompts", help="file: prompts, or JSON with prompt, targets, negative, seed, one a line")
     add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1")
     add("--negative", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=0")
-    add("--negative-prompt", help="caption of the negative branch; default: the same caption")
+    add("--negative-prompt", help="caption of the negative branch; default: the same caption\n"
+        "(the empty one was seen in training with --text-dropout alone)")
     add("--sweep", metavar="REWARD=FIRST:LAST:COUNT", help="one column a level")
     add("--guidance", type=float, help="w, 0 = off; default: the checkpoint's")
     add("--interval", type=float, nargs=2, default=(0.0, 1.0), help="times t with guidance")
@@ -351,7 +354,7 @@ def read_command(argv=None):
     add("--n", type=int, default=1, help="pictures a prompt")
     add("--best-of", type=int, default=1, help="candidates of which the best is kept")
     add("--by", help="the reward that chooses among candidates")
-    add("--batch", type=int, default=64, help="pictures at once; the result does not depend on it")
+    add("--batch", type=int, default=64, help="pictures at once; changes no more than rounding")
     add("--scale", type=int, help="enlargement of the tiles")
     add("--out", default="out.png", help="figure NAME.png, or a folder for single pictures")
     args = parser.parse_args(argv)
@@ -393,8 +396,10 @@ def main(argv=None):
                             tensor("s_neg"), [job["seed"] for job in made], w, steps, solver,
                             tuple(args.interval), args.negative_prompt, args.batch, bar.update,
                             shift)
-    for job, measured in zip(made, measure(model, pictures, [job["prompt"] for job in made])):
-        job["measured"] = measured
+    levels, raws = measure(model, pictures, [job["prompt"] for job in made])
+    for job, measured, raw in zip(made, levels, raws):
+        job |= dict(measured=measured, raw=raw)
+    # The jobs go into the PNG as JSON, so that the pictures stay outside of them.
     by_job = {id(job): picture for job, picture in zip(made, pictures)}
     passes = sum(2 if w and args.interval[0] <= t <= args.interval[1] else 1
                  for t in flow.step_times(steps, shift)[:-1])

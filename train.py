@@ -43,7 +43,7 @@ from shapes import TASKS, WORDS, prompts, write_world
 
 @dataclass
 class Args:
-    """Every flag; None takes the value of the preset's recipe below."""
+    """Every flag; None takes the preset's value: RECIPES below, PRESETS in model.py."""
     preset: str = "shapes"           # shapes or paper: the network and its recipe
     data: str | None = None          # folder of tars or pictures (data.py); default: the world
     out: str | None = None           # folder of the run; default runs/PRESET
@@ -59,8 +59,8 @@ class Args:
     batch: int | None = None         # samples a step, over all ranks
     accumulate: int = 1              # micro-batches a step and rank
     optimizer: str | None = None     # muon, adamw or lamb (the paper's)
-    lr: float | None = None          # learning rate at its peak (muon: of what is no matrix)
-    matrix_lr: float | None = None   # of matrices, muon alone
+    lr: float | None = None          # peak learning rate (muon: of all but inner matrices)
+    matrix_lr: float | None = None   # muon: of the matrices of the inner layers
     weight_decay: float | None = None
     warmup: int | None = None        # steps of linear warm-up
     cosine_rate: float | None = None # share of the half cosine that is run through
@@ -85,11 +85,13 @@ class Args:
 
 RECIPES = {
     # Found by trials on two CPU cores; README.md has the table.
-    "shapes": dict(steps=1350, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
-                   weight_decay=0.0, cosine_rate=1.0, ema=0.995, t_mean=1.2, self_condition=0.0, bins=16),
+    "shapes": dict(steps=1200, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
+                   weight_decay=0.0, cosine_rate=1.0, ema=0.995, t_mean=1.2, self_condition=0.0,
+                   bins=16),
     # The release's, line by line.
     "paper": dict(steps=500_000, batch=1024, optimizer="lamb", lr=1e-3, matrix_lr=0.0, warmup=5000,
-                  weight_decay=0.01, cosine_rate=0.8, ema=0.9999, t_mean=0.0, self_condition=0.9, bins=64),
+                  weight_decay=0.01, cosine_rate=0.8, ema=0.9999, t_mean=0.0, self_condition=0.9,
+                  bins=64),
 }
 SAMPLERS = {                                               # config.json carries its preset's
     "shapes": dict(guidance=0.5, steps=16, solver="ab2", shift=3.0),
@@ -106,7 +108,7 @@ FREE = ("out", "accumulate", "compile", "workers", "log_every", "save_every", "s
 # -------------------------------------------------------------------------------------- optimizers
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024): for the matrices of the blocks.
+    """Momentum, orthogonalised (Jordan et al. 2024): for the matrices of the inner layers.
 
     The update has singular values near 1, scaled to rms 0.2, AdamW's usual size (Liu et al. 2025).
     Ours, not torch.optim.Muon: that one orthogonalises one matrix at a time in bf16, which takes
@@ -127,7 +129,9 @@ class Muon(torch.optim.Optimizer):
                 grads = torch.stack([p.grad for p in params])                    # (K, m, n)
                 for p, grad in zip(params, grads):
                     state = self.state[p]
-                    buffer = state.setdefault("momentum", torch.zeros_like(p))
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    buffer = state["momentum"]
                     buffer.lerp_(grad, 1 - group["momentum"])
                     grad.lerp_(buffer, group["momentum"])                        # Nesterov
                 update = orthogonalise(grads) * 0.2 * max(grads.shape[1:]) ** 0.5
@@ -244,7 +248,7 @@ def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
     x_0 = (step["picture"].float() - source["mean"]) / source["std"]             # (B, C, S, S)
     t = flow.logit_normal(stack("t"), args.t_mean)                               # (B,)
     self_condition = stack("self_condition") < args.self_condition               # (B,)
-    text, text_mask = encoder.encode(captions)                                   # (B, L, D), (B, L)
+    text, text_mask = encoder.encode(captions)                                   # (B, L, E), (B, L)
     eps = stack("eps").view_as(x_0)                                              # (B, C, S, S)
     batch = (x_0, eps, t, s, text, text_mask, self_condition)
     return [tensor.to(device, non_blocking=True) for tensor in batch]
@@ -348,7 +352,7 @@ def check_args(args: Args) -> None:
     limits |= dict.fromkeys(("reward_dropout", "text_dropout", "self_condition", "ema",
                              "cosine_rate"), (0, 1)) | {"bins": (2, 2 ** 31)}
     limits |= dict.fromkeys(("lr", "matrix_lr", "weight_decay", "clip", "warmup", "seed",
-                             "workers"), (0, 2 ** 100))
+                             "workers"), (0, 2 ** 100)) | {"t_mean": (-9, 9)}
     for key, (low, high) in limits.items():
         if not low <= getattr(args, key) <= high:                                # not: NaN, too
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: it is at least "
@@ -423,9 +427,7 @@ def prepare_data(args: Args, rank: int):
 
     Returns (train Pictures, val Pictures, s by row of each, Bins of the rewards asked, encoder).
     """
-    embedded = args.data is None and args.preset == "shapes"
-    if args.data is None and not embedded:
-        raise ValueError(f"--preset {args.preset} needs --data: a folder of tars or pictures")
+    embedded = args.data is None
     if PRESETS[args.preset]["channels"] != 3:
         raise ValueError(f"--preset {args.preset} trains on latents of pictures, which cannot be "
                          "made yet: pass --dry-run to see its size and cost, or --preset shapes")
@@ -455,8 +457,9 @@ def prepare_data(args: Args, rank: int):
         columns = [bins.names.index(name) for name in names]
         s = [bins.to_target(scores)[:, columns] for scores in raw]
         bins = bins.select(names)
+    # 4 is a stream of its own, as 3 in draws; shapes.py has 0 and 1.
     order = np.random.default_rng([args.seed, 4]).permutation(len(rows))
-    if len(rows) <= args.val + args.batch:
+    if len(rows) < args.val + args.batch:
         raise ValueError(f"{path} has {len(rows)} usable samples, fewer than --val {args.val} and "
                          f"one --batch {args.batch}")
     captions = [text for group in pictures.captions for text in group]
@@ -491,7 +494,6 @@ def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, en
     given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
     network = PRESETS[args.preset] | given | dict(rewards=list(bins.names) if bins else [],
                                                   text_dim=encoder.dim)
-    embedded = default_rewards(val.captions)[0] == "alignment"
     spread = {}
     if bins:
         raw = np.concatenate(read_scores(train, bins.names)[1])                  # (N, R)
@@ -501,9 +503,10 @@ def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, en
         mean=first.mean((0, 2, 3)).tolist(),                     # of pixels in 0..255, per channel
         std=(first.std((0, 2, 3)) / network["sigma_data"]).tolist(),
         text_encoder=encoder.config(), bins=bins.to_config() if bins else None, score_std=spread,
-        prompts=[prompts(task, 1, 0)[0] for task in TASKS] if embedded
+        prompts=[prompts(task, 1, 0)[0] for task in TASKS] if args.data is None
         else [captions[0] for captions in val.captions[:6]],
-        sampler=SAMPLERS[args.preset], train_samples=len(train), val_samples=len(val),
+        sampler=SAMPLERS[args.preset] | ({} if bins else dict(guidance=0.0)),     # no s: v⁺ = v⁻
+        train_samples=len(train), val_samples=len(val),
         args={key: value for key, value in asdict(args).items() if key not in FREE})
 
 
@@ -658,8 +661,8 @@ def draw_curves(out: Path) -> None:
 
 def dry_run(args: Args, device, dtype) -> None:
     """Say what a run would be: the recipe, the network's size and cost. Writes nothing."""
-    names = {"none": (), "all": REWARDS}.get(args.rewards, tuple(args.rewards.split(",")))
-    check_names(names)
+    asked = tuple(name.strip() for name in args.rewards.split(","))
+    names = {"none": (), "all": REWARDS}.get(args.rewards, asked)
     given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
     config = Config(**PRESETS[args.preset] | given | dict(rewards=names))
     with torch.device("meta"):
@@ -674,7 +677,7 @@ def dry_run(args: Args, device, dtype) -> None:
         print(f"{key:16} {value}")
     print(f"{count:,} parameters; {forward / 1e9:.4g} GFLOP a forward pass, {per_image / 1e9:.4g} "
           f"a training image, {per_image * args.batch * args.steps / 1e15:.4g} PFLOP in all "
-          f"(2 for each multiply-add)\ndevice {device}, {dtype}; nothing was written")
+          f"(2 for each multiply-add, 16 text tokens)\ndevice {device}, {dtype}; nothing was written")
 
 
 def main(argv=None):
@@ -715,6 +718,7 @@ def main(argv=None):
                 tqdm.write(f"step {done:6d}  loss {loss:.4f}  by t {quarters}  norm {norm:6.3f}  "
                            f"lr x {schedule(step, args):5.3f}  {rate:6.0f} img/s")
                 append(out, dict(step=done, loss=loss, by_t=by_t, norm=norm, rate=rate))
+        paused = time.time()
         if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
             val_loss = validate(run, val, encoder, args, source_val, device)
             reached = probe(shown, val)
@@ -727,17 +731,19 @@ def main(argv=None):
             draw_curves(out)
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(out, done, run)
+        began += time.time() - paused                          # img/s counts training alone
     bar.close()
-    for name, reason in train.unreadable.items():
-        print(f"left out {name}: {reason}")
+    if world > 1:
+        dist.destroy_process_group()
     if rank == 0:
+        for name, reason in train.unreadable.items():
+            print(f"left out {name}: {reason}")
         if args.data is None:
-            torch.set_num_threads(world * torch.get_num_threads())       # the other ranks are done
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))          # the others are done
+            torch.set_num_threads(ranks_here * torch.get_num_threads())
             evaluate.evaluate_folder(shown, out, n=512)
         print(f"{out} has the checkpoint, log.jsonl, curves.png and grids of pictures; try\n"
               f"python sample.py --checkpoint {out} --prompt \"{run.config['prompts'][0]}\"")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -297,6 +297,19 @@ def test_bf16_gives_nearly_the_same_loss(parts):
     assert torch.allclose(half, full, rtol=0.03) and not torch.equal(half, full)
 
 
+def test_self_conditioning_in_bf16_leaves_no_weight_without_a_gradient(parts):
+    batch = [*parts.batch[:-1], torch.ones_like(parts.batch[-1])]
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        run_, args = new_run(parts, warmup=0)
+        before = {name: p.detach().clone() for name, p in run_.net.named_parameters()}
+        for step in range(2):
+            train.train_step(run_, args, step, batch, 1, dtype)
+        moved.append({name for name, p in run_.net.named_parameters()
+                      if not torch.equal(p, before[name])})
+    assert moved[0] == moved[1] and len(moved[0]) > 100
+
+
 def test_fp16_skips_a_step_that_overflows_and_stops_when_all_do(parts):
     run_, args = new_run(parts)
     run_.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
