@@ -32,9 +32,9 @@ def evaluate_shapes(model: sample.Model, n: int = 512, alone: int = 128, seed: i
     """Native scores of pictures of unseen prompts, the six tasks in turn, image i from noise i.
 
     n prompts at all=1 and at all=0, the first `alone` of them with each single target at 0; at the
-    checkpoint's own guidance, steps and solver, away from all=0. Returns {request: {reward: mean, "n": count}},
-    "all=1, first" for the same prompts as the single targets, and under "tasks" the mean alignment
-    of each task at all=1.
+    checkpoint's own guidance, steps and solver, away from all=0. Returns {request: {reward: mean,
+    "n": count}}, "all=1, first" for the same prompts as the single targets, and under "tasks" the
+    mean alignment of each task at all=1.
     """
     alone = min(alone, n)
     texts = [prompts(task, -(-n // len(TASKS)), seed) for task in TASKS]
@@ -48,7 +48,7 @@ def evaluate_shapes(model: sample.Model, n: int = 512, alone: int = 128, seed: i
     with tqdm(total=rounds * steps, desc="evaluating", unit="step", leave=False) as bar:
         for request, count in requests.items():
             s_pos = levels(model, count, request)
-            w = 0.0 if request == "all=0" else None          # s⁺ = s⁻ there: guidance would do nothing
+            w = 0.0 if request == "all=0" else None         # there s⁺ = s⁻: guidance does nothing
             pictures = sample.generate(model, texts[:count], s_pos, torch.zeros_like(s_pos),
                                        list(range(count)), w, batch=batch, progress=bar.update)
             scores = score_all(names, pictures, texts[:count])                   # (count, R)

@@ -97,7 +97,7 @@ def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_n
     for now, after in zip(times[:-1], times[1:]):
         t = torch.full((B,), now, device=eps.device)                             # (B,)
         guided = w != 0 and interval[0] <= now <= interval[1]
-        if guided != was_guided:                    # v̂ jumps here: no line through both sides of it
+        if guided != was_guided:                  # v̂ jumps here: no line through both sides of it
             v_last, was_guided = None, guided
         if guided:
             if z is not None and len(z) == B:         # guidance begins: both branches share a past

@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, eps=1e-6).type_as(x) * self.weight   # (..., D)
+        return F.rms_norm(x.float(), self.weight.shape, eps=1e-6).type_as(x) * self.weight
 
 
 class Fourier(nn.Module):
@@ -79,7 +79,7 @@ class Fourier(nn.Module):
         self.register_buffer("phases", 2 * math.pi * torch.rand(dim))
 
     def forward(self, x):
-        return math.sqrt(2) * torch.cos(torch.outer(x.float(), self.frequencies) + self.phases)   # (B, D)
+        return math.sqrt(2) * torch.cos(torch.outer(x.float(), self.frequencies) + self.phases)
 
 
 class Level(nn.Module):

@@ -296,7 +296,7 @@ def best(made: list, count: int, by: str | None) -> list:
     """Of each `count` candidates in a row the one with the highest measured `by`."""
     if count == 1:
         return made
-    return [max(made[i:i + count], key=lambda job: job["raw"][by])        # levels tie in the top bin
+    return [max(made[i:i + count], key=lambda job: job["raw"][by])     # levels tie in the top bin
             for i in range(0, len(made), count)]
 
 

@@ -283,10 +283,10 @@ def detect(pictures: torch.Tensor) -> list:
     """Read pictures back: uint8 (B, 3, S, S) → a list (B) of lists of Thing.
 
     The background is grey, so chroma (max - min over RGB) is linear in a shape's coverage and
-    survives washing out. Pixels above half of the picture's strong chroma (its 98th percentile: stray
-    pixels do not set the scale), joined to their
-    neighbours of the same hue, make a component; its shape is the one of SHAPES that, drawn with
-    the same area at the same centroid, differs least. Exact on clean pictures (see the tests).
+    survives washing out. Pixels above half of the picture's strong chroma (its 98th percentile:
+    stray pixels do not set the scale), joined to their neighbours of the same hue, make a
+    component; its shape is the one of SHAPES that, drawn with the same area at the same centroid,
+    differs least. Exact on clean pictures (see the tests).
     """
     x = pictures.movedim(1, -1).float() / 255                                    # (B, S, S, 3)
     low = x.amin(-1, keepdim=True)

@@ -87,7 +87,7 @@ RECIPES = {
     # Found by trials on two CPU cores; README.md has the table.
     "shapes": dict(steps=1200, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
                    weight_decay=0.0, cosine_rate=1.0, ema=0.995, t_mean=1.2, self_condition=0.0,
-                   bins=16),
+                   bins=8),
     # The release's, line by line.
     "paper": dict(steps=500_000, batch=1024, optimizer="lamb", lr=1e-3, matrix_lr=0.0, warmup=5000,
                   weight_decay=0.01, cosine_rate=0.8, ema=0.9999, t_mean=0.0, self_condition=0.9,
@@ -677,7 +677,8 @@ def dry_run(args: Args, device, dtype) -> None:
         print(f"{key:16} {value}")
     print(f"{count:,} parameters; {forward / 1e9:.4g} GFLOP a forward pass, {per_image / 1e9:.4g} "
           f"a training image, {per_image * args.batch * args.steps / 1e15:.4g} PFLOP in all "
-          f"(2 for each multiply-add, 16 text tokens)\ndevice {device}, {dtype}; nothing was written")
+          f"(2 for each multiply-add, 16 text tokens)\ndevice {device}, {dtype}; "
+          "nothing was written")
 
 
 def main(argv=None):

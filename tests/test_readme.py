@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import shapes
+
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"^(?:\| .*?`)?(python \w+\.py[^`\n|]*)", README, re.M)
                       + re.findall(r"`(python \w+\.py[^`]*)`", README)))
@@ -30,7 +33,15 @@ def helps(tmp_path_factory):
 
 def test_the_readme_shows_commands_of_every_script_a_reader_starts():
     scripts = {shlex.split(command)[1] for command in COMMANDS}
-    assert {"train.py", "sample.py", "rewards.py", "binning.py", "data.py", "evaluate.py"} <= scripts
+    assert scripts >= {"train.py", "sample.py", "rewards.py", "binning.py", "data.py",
+                       "evaluate.py"}
+
+
+def test_the_prompts_in_the_readme_can_be_asked_of_the_embedded_world():
+    found = re.findall(r'^python sample\.py --prompt "(.*?)"', README, re.M)
+    assert len(found) >= 3
+    for prompt in found:
+        shapes.parse(prompt)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
