@@ -62,9 +62,9 @@ def test_true_captions_of_clean_pictures_have_full_alignment_and_others_do_not()
 
 
 def test_alignment_is_the_share_of_true_statements():
-    pictures, captions = clean_world(60)
-    i = next(i for i, caption in enumerate(captions) if caption.endswith("a red circle"))
-    picture = pictures[i:i + 1]
+    scene = shapes.Scene([shapes.Thing("circle", "red", 0.5, 0.5, 0.3)], 0.5, 1.0)
+    drawn = shapes.draw(scene, S, np.random.default_rng(0))
+    picture = torch.from_numpy(drawn).permute(2, 0, 1)[None]
     for caption, share in (("a red circle", 1), ("a blue circle", 1 / 2), ("two circles", 0),
                            ("a blue square", 0), ("a circle and a square", 1 / 2)):
         assert score("alignment", picture, [caption]).item() == pytest.approx(share), caption
