@@ -41,8 +41,8 @@ def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
         k = self_condition
         with torch.no_grad():
             latents = model(x_t[k], t[k], s[k], text[k], text_mask[k])[1]        # (K, M, D)
-        # Before torch 2.10 the weights that autocast cast here would serve the pass below, too, and
-        # get no gradient: they were cast without one.
+        # Some versions of torch let the weights that autocast cast here serve the pass below, too,
+        # where they get no gradient: they were cast without one.
         torch.clear_autocast_cache()
         z = latents.new_zeros(len(x_t), *latents.shape[1:])                      # (B, M, D)
         z[k] = latents

@@ -309,8 +309,8 @@ class TextRIN(nn.Module):
         tokens = torch.cat([time.type_as(tokens), tokens], 1)                    # (B, 1 + K, D)
         mask = F.pad(mask, (1, 0), value=True)                                   # (B, 1 + K)
 
-        # Trained without latents (self_condition 0), previous_out.weight gets no gradient and stays
-        # zero: the latents that sampling hands on then change nothing but a bias.
+        # Trained without latents (self_condition 0), previous_out.weight has a gradient of zero and
+        # stays zero: the latents that sampling hands on then change nothing.
         if z is None:
             z = x.new_zeros(len(x), c.latents, c.latent_dim)                     # (B, M, D)
         previous = self.previous_out(z + self.previous_mlp(self.previous_norm(z)))   # (B, M, D)

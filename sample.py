@@ -342,7 +342,7 @@ def read_command(argv=None):
     add("--prompts", help="file: prompts, or JSON with prompt, targets, negative, seed, one a line")
     add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1")
     add("--negative", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=0")
-    add("--negative-prompt", help="caption of the negative branch; default: the same caption\n"
+    add("--negative-prompt", help="caption of the negative branch; default: the same caption "
         "(the empty one was seen in training with --text-dropout alone)")
     add("--sweep", metavar="REWARD=FIRST:LAST:COUNT", help="one column a level")
     add("--guidance", type=float, help="w, 0 = off; default: the checkpoint's")

@@ -331,6 +331,13 @@ def other_world(place):
     return train(place, "--world", "30", data=False), "runs/world/world.json describes another"
 
 
+def world_of_an_older_generator(place):
+    shapes.write_world("runs/world", 20, seed=0, size=16)
+    file = place.folder / "runs/world/world.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"drawn": "0" * 16}))
+    return train(place, "--world", "20", data=False), "runs/world/world.json describes another"
+
+
 def world_over_foreign_tars(place):
     place.write("d/0.tar", b"mine")
     return ("shapes.py", "d", "--n", 5), "d holds tars that shapes.py did not write"

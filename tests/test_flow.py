@@ -220,6 +220,15 @@ def test_the_negative_branch_reads_the_same_caption_if_none_is_given():
     assert torch.equal(model.calls[0]["text_mask"], torch.cat([ask["text_mask"]] * 2))
 
 
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.5, 1.0)])
+def test_ab2_draws_no_line_through_the_jump_where_guidance_begins_or_ends(interval):
+    eps = noise(B, 2, 2, 2)              # on either side the velocity is constant: Euler is exact
+    wanted, found = (sample(Recorder(level), eps, w=3.0, steps=8, solver=solver, interval=interval,
+                            **asked()) for solver in ("euler", "ab2"))
+    assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(wanted, sample(
+        Recorder(level), eps, steps=8, **asked()), atol=0.1)
+
+
 def test_guidance_acts_only_inside_its_interval():
     model, eps = Recorder(level), torch.zeros(B, 1, 2, 2)
     x_0 = sample(model, eps, w=4.0, steps=8, interval=(0.25, 0.75), **asked())
