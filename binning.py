@@ -215,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="fit quantile bins to the scores of rewards.py")
     parser.add_argument("data", help="folder of tars, tar, brace range, glob or picture folder")
     parser.add_argument("--rewards", default="all", help="all that are scored, or a,b,c")
-    parser.add_argument("--bins", type=int, default=8,
+    parser.add_argument("--bins", type=int, default=5,
                         help="levels of a reward (the release, with 16 M pictures: 64)")
     parser.add_argument("--size", type=int, default=24, help="side in pixels that was scored")
     args = parser.parse_args()

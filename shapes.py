@@ -54,7 +54,13 @@ class Thing:
     r: float
 
 
-AREA = (math.pi, 1.7 ** 2, 1.5)                              # of each of SHAPES, in units of r²
+# The shapes have about the same area: what grows with area (colourfulness, say) is about as likely
+# with one as with another then, and asking for it hardly contradicts a caption. In units of r²:
+AREA = (math.pi, math.pi, 0.75 * math.pi)      # of each of SHAPES; a triangle of π would be too wide
+SQUARE = math.sqrt(AREA[1]) / 2                # half its side
+INNER = math.sqrt(AREA[2] / math.sqrt(27))     # the inradius of the triangle, which is equilateral
+REACH = {"circle": (1, 1, 1), "square": (SQUARE, SQUARE, SQUARE),      # from the centroid sideways,
+         "triangle": (math.sqrt(3) * INNER, 2 * INNER, INNER)}         # up and down
 
 
 def coverage(kind: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, size: int):
@@ -74,10 +80,9 @@ def coverage(kind: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, size
         if name == "circle":
             distance[n] = np.hypot(u[n], v[n]) - 1
         elif name == "square":
-            distance[n] = np.maximum(au[n], av[n]) - 0.85
-        else:                                   # apex at v = -1, a base of 2 at v = 0.5: centroid 0
-            side = (1.5 * au[n] - v[n] - 1) / math.hypot(1.5, 1)
-            distance[n] = np.maximum(v[n] - 0.5, side)
+            distance[n] = np.maximum(au[n], av[n]) - SQUARE
+        else:                                                                # standing on its base
+            distance[n] = np.maximum(v[n], (math.sqrt(3) * au[n] - v[n]) / 2) - INNER
     return np.clip(0.5 - distance * r * size, 0, 1)
 
 
@@ -88,6 +93,9 @@ def rgb(hue: float, saturation: float) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------- the scenes
+
+# the smallest and largest r where one thing is drawn, two, three, four
+SIZES = ((0.26, 0.30), (0.178, 0.188), (0.163, 0.173), (0.155, 0.165))
 
 @dataclass
 class Scene:
@@ -102,19 +110,26 @@ class Scene:
 
 
 def arrange(kinds: list, rng: np.random.Generator) -> list:
-    """Things of the (shape, color) given: one in the middle, two in a row or a column, three and
-    four in a quarter of the picture each. All are a little off, each by its own and together."""
+    """Things of the (shape, color) given: one in the middle, two in a row or a column, three at the
+    corners of a triangle, four in the quarters. All are a little off, each by its own and together;
+    the more they are, the smaller, so that a picture holds about as much of them."""
     n = len(kinds)
-    low, high = ((0.28, 0.34), (0.185, 0.215), (0.175, 0.205), (0.175, 0.205))[n - 1]
+    low, high = SIZES[n - 1]
     r = rng.uniform(low, high, n)
-    places = np.array([(0.5, 0.5)])
-    if n == 2:
-        places = np.array([(0.26, 0.5), (0.74, 0.5)])[:, rng.permutation(2)]     # a row, a column
-    elif n > 2:
-        places = np.array([(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)])
-    x, y = (rng.permutation(places)[:n] + rng.uniform(-0.04, 0.04, 2)
-            + rng.uniform(-0.012, 0.012, (n, 2))).T
-    x, y = np.clip(x, r + 0.02, 0.98 - r), np.clip(y, r + 0.02, 0.98 - r)
+    if n == 1:
+        places = np.array([(0.5, 0.5)])
+    elif n == 2:
+        places = np.array([(0.24, 0.5), (0.76, 0.5)])[:, rng.permutation(2)]     # a row, a column
+    elif n == 3:
+        places = np.array([(0.5, 0.25), (0.25, 0.65), (0.75, 0.65)])
+        if rng.random() < 0.5:
+            places[:, 1] = 1 - places[:, 1]
+    else:
+        places = np.array([(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)])
+    x, y = (rng.permutation(places) + rng.uniform(-0.04, 0.04, 2)
+            + rng.uniform(-0.01, 0.01, (n, 2))).T
+    side, up, down = np.array([REACH[shape] for shape, _ in kinds]).T * r + 0.02     # uncut
+    x, y = np.clip(x, side, 1 - side), np.clip(y, up, 1 - down)
     return [Thing(*k, float(a), float(b), float(c)) for k, a, b, c in zip(kinds, x, y, r)]
 
 
@@ -392,7 +407,7 @@ def sample(seed: int, index: int, size: int, clean: bool = False) -> tuple:
         caption = write(claims) + ENDINGS[rng.integers(len(ENDINGS))]
         if not held_out(caption):
             break
-    scene = Scene(things, background=rng.uniform(0.3, 0.7), saturation=rng.uniform(0.5, 1))
+    scene = Scene(things, background=rng.uniform(0.3, 0.7), saturation=rng.uniform(0.4, 1))
     if not clean:
         scene.wash, scene.blur, scene.clutter, scene.frame = (
             rng.uniform(0.3, 1, 4) * (rng.random(4) < 0.16)).tolist()

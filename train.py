@@ -87,7 +87,7 @@ RECIPES = {
     # Found by trials on two CPU cores; README.md has the table.
     "shapes": dict(steps=1200, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
                    weight_decay=0.0, cosine_rate=1.0, ema=0.995, t_mean=1.2, self_condition=0.0,
-                   bins=8),
+                   bins=5),
     # The release's, line by line.
     "paper": dict(steps=500_000, batch=1024, optimizer="lamb", lr=1e-3, matrix_lr=0.0, warmup=5000,
                   weight_decay=0.01, cosine_rate=0.8, ema=0.9999, t_mean=0.0, self_condition=0.9,
