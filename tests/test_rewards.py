@@ -481,7 +481,7 @@ def test_a_value_that_is_not_a_finite_number_stops_the_binning(scored_data, monk
 
 def test_missing_scores_stop_the_binning_with_file_key_and_command(data, monkeypatch):
     for names, remove, said in (((), (), "00000.scores.jsonl does not exist; run python rewards"),
-                                (("contrast",), (), "has no sharpness scores of version 1; run"),
+                                (("contrast",), (), "has no sharpness scores of version 3; run"),
                                 (REWARDS, ("00000003",), "key '00000003' has no scores; run")):
         if names:
             scored(data, names)
