@@ -3,13 +3,14 @@
 DATA is a folder of tars as img2dataset and webdataset write them (key.png or .jpg ..., key.txt,
 key.json), one tar, a brace range d/{00000..00019}.tar, a glob 'd/*.tar', or a folder of pictures
 with metadata.jsonl ({"file_name": ..., "text": a caption or a list}) or with same-stem .txt files.
-The key ends at the FIRST dot of the base name. Captions: the .txt, then the strings of the list
-"captions" in key.json, if it is there. Nothing is ever written into DATA by this file.
+The key ends at the FIRST dot of the base name. Captions: the .txt, then the list "captions" and the
+"synthetic_caption" of key.json, if they are there. Nothing is ever written into DATA by this file.
 
 A broken sample (no caption, half a PNG) is left out and listed by name; a broken structure (a tar
 cut short, two pictures with one key, a path that leaves the folder) is a ValueError.
 
 `python data.py check DATA` reads everything once and lists what is wrong.
+`python data.py encode DATA OUT` makes VAE latents and T5 states, for `train.py --preset paper`.
 """
 import argparse
 import copy
@@ -48,6 +49,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 BROKEN = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, ArithmeticError,
           struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")      # NUL, halves of surrogate pairs: cannot be written
+ARRAY = re.compile(r"(mean|std)\d+|text\d+")    # of an encoded sample, in key.<this>.npy
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")      # letters and digits, apostrophes inside
 
 
@@ -122,6 +124,7 @@ class Index:
     captions: list[tuple[str, ...]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     places: array = field(default_factory=lambda: array("q"))    # a row: file, offset, length
+    arrays: dict[int, dict] = field(default_factory=dict)        # row -> {kind of array: place}
     unreadable: dict[str, str] = field(default_factory=dict)     # "shard/key" -> reason
     faults: list[str] = field(default_factory=list)              # broken structure, in sentences
     duplicates: int = 0
@@ -134,7 +137,7 @@ class Index:
         if kind in parts:
             self.add_duplicate(f"{self.files[place[0]]}: {name} is a second {kind}", key)
         elif kind:
-            parts[kind] = place if kind == "picture" else read(place)
+            parts[kind] = read(place) if kind in ("txt", "json") else place
             self.dotted += kind == "picture" and os.path.basename(name).count(".") > 1
 
     def add_duplicate(self, what: str, key: str) -> None:
@@ -152,6 +155,8 @@ class Index:
             except ValueError as error:
                 self.unreadable[f"{name}/{key}"] = f"{source}: {error}"
                 continue
+            if arrays := {kind: place for kind, place in parts.items() if ARRAY.fullmatch(kind)}:
+                self.arrays[len(self.keys)] = arrays
             self.keys.append(key)
             self.captions.append(captions)
             self.places.extend(parts["picture"])
@@ -159,12 +164,15 @@ class Index:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Path of a file → its key and "picture", "txt", "json" or, for all other files, ""."""
+    """Path of a file → its key and "picture", "txt", "json", "mean256" and such of key.mean256.npy,
+    or, for all other files, ""."""
     name = name.encode("utf-8", "backslashreplace").decode().removeprefix("./")
     folder, slash, base = name.rpartition("/")
     stem, *endings = base.split(".")
     ending = endings[-1].lower() if stem and endings else ""      # .hidden files have no stem
     kind = "picture" if ending in ENDINGS else ending if ending in ("txt", "json") else ""
+    if ending == "npy" and len(endings) == 2 and ARRAY.fullmatch(endings[0]):
+        kind = endings[0]
     return folder + slash + stem, kind
 
 
@@ -192,6 +200,8 @@ def captions_of(parts: dict) -> tuple[str, ...]:
     if b'"captions"' in parts.get("json", b""):       # most .json files have none: not parsed
         extra = parse_object(parts["json"], "the .json").get("captions", [])
         texts += extra if isinstance(extra, list) else [extra]
+    if b'"synthetic_caption"' in parts.get("json", b""):
+        texts.append(parse_object(parts["json"], "the .json").get("synthetic_caption"))
     if not texts:
         raise ValueError("no caption")
     if not all(isinstance(text, str) and not NOT_TEXT.search(text) for text in texts):
@@ -348,7 +358,7 @@ class Pictures(torch.utils.data.Dataset):
         self.shards, self.keys, self.captions = index.shards, index.keys, index.captions
         self.files, self.unreadable = index.files, index.unreadable
         self.lost = len(index.unreadable)                          # samples that are no rows
-        self.places = np.array(index.places, np.int64).reshape(-1, 3)
+        self.places, self.arrays = np.array(index.places, np.int64).reshape(-1, 3), index.arrays
         self.rows = np.arange(len(self.keys))                      # into places, cache and cached
         self.cache, total = None, 3 * size * size * len(self.keys)
         if total <= memory_gb * 1e9:
@@ -527,6 +537,9 @@ class Words:
         close = difflib.get_close_matches(word, self.vocabulary, n=5)
         return "close words are: " + ", ".join(close) if close else "no known word is close to it"
 
+    def free(self) -> None:
+        """Nothing: there are no weights (T5 has some)."""
+
     def config(self) -> dict:
         """What goes into config.json."""
         return {"kind": "words", "vocabulary": list(self.vocabulary), "dim": self.dim,
@@ -544,6 +557,293 @@ class Words:
         """Every word of some captions, or tuples of captions (Pictures.captions), sorted."""
         texts = (" ".join((entry,) if isinstance(entry, str) else entry) for entry in captions)
         return tuple(sorted({word for text in texts for word in split_words(text)}))
+
+
+# ---- the release's encoders ----------------------------------------------------------------------
+
+class T5:
+    """Text as the paper reads it: the last states of a T5EncoderModel (FLAN-T5-XL), frozen.
+
+    source: a hub id or a folder of transformers. It is loaded at the first prompt, in bf16 on a GPU
+    and in fp32 else; `free` gives its memory back. Prompts once encoded are remembered.
+    """
+    SOURCE = "google/flan-t5-xl"
+
+    def __init__(self, source: str, dim: int | None = None, length: int = 77):
+        self.source, self.dim, self.length = source, dim, length
+        self.model, self.known, self.device = None, {}, torch.device("cpu")
+
+    def load(self) -> None:
+        """Read tokenizer and weights. ValueError: they are not there, or of another width."""
+        from transformers import AutoTokenizer, T5EncoderModel
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+            self.model = T5EncoderModel.from_pretrained(self.source, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the text encoder {self.source} cannot be loaded: name a folder or "
+                             f"hub id with --text-encoder ({first_line(error)})") from error
+        width = self.model.config.d_model
+        if self.dim not in (None, width):
+            raise ValueError(f"the text encoder {self.source} has states of width {width}, and "
+                             f"this network reads {self.dim}: name another with --text-encoder")
+        self.dim = width
+        self.model.to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def states(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """The states (L, dim) of each prompt, float32 on the CPU, L its tokens, at most `length`:
+        longer prompts are cut, as in the release."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        for first in range(0, len(new), 32):
+            if self.model is None:
+                self.load()
+            part = new[first:first + 32]
+            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=self.length,
+                                    return_tensors="pt").to(self.device)
+            states = self.model(**tokens).last_hidden_state.float().cpu()        # (b, L, dim)
+            lengths = tokens["attention_mask"].sum(1).tolist()
+            self.known |= {p: states[i, :n].clone() for i, (p, n) in enumerate(zip(part, lengths))}
+        return [self.known[prompt] for prompt in prompts]
+
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text (B, L, dim) float32, text_mask (B, L) bool, L the longest prompt's. Padding is 0."""
+        return pad(self.states(prompts))
+
+    def free(self) -> None:
+        """Give the memory back; the next new prompt loads again."""
+        self.model = None
+
+    def config(self) -> dict:
+        """What goes into config.json."""
+        return {"kind": "t5", "source": self.source, "dim": self.dim, "length": self.length}
+
+
+class VAE:
+    """Latents from pictures and back: a diffusers AutoencoderKL (SDXL's), fp32, loaded when used."""
+    SOURCE = "stabilityai/sdxl-vae"
+    MEAN, STD = (-0.3480, 0.3754, 0.0419, 2.4331), (7.8518, 5.8465, 6.8716, 5.3140)   # the release's
+
+    def __init__(self, source: str):
+        self.source, self.model, self.device = source, None, torch.device("cpu")
+
+    def load(self) -> None:
+        """Read the weights. ValueError: they are not there."""
+        from diffusers import AutoencoderKL
+        try:
+            self.model = AutoencoderKL.from_pretrained(self.source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the VAE {self.source} cannot be loaded: name a folder or hub id with "
+                             f"--vae ({first_line(error)})") from error
+        self.model.to(self.device).eval().requires_grad_(False)
+
+    def move(self, device: torch.device) -> None:
+        """Compute there."""
+        self.device = device
+        if self.model is not None:
+            self.model.to(device)
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (B, 3, 8 S, 8 S) → mean and standard deviation of the latents, (B, C, S, S) each."""
+        if self.model is None:
+            self.load()
+        found = self.model.encode(pictures.to(self.device).float() / 127.5 - 1).latent_dist
+        return found.mean.cpu(), found.std.cpu()
+
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, S, S) in the VAE's own units → uint8 pictures (B, 3, 8 S, 8 S), CPU."""
+        if self.model is None:
+            self.load()
+        x = torch.cat([self.model.decode(part.to(self.device)).sample.cpu() for part in z.split(8)])
+        return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def pad(states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (L_i, E) → text (B, L, E), padded with 0, and text_mask (B, L) bool."""
+    text = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)             # (B, L, E)
+    lengths = torch.tensor([len(s) for s in states])                             # (B,)
+    return text, torch.arange(text.shape[1]) < lengths[:, None]
+
+
+def encoder_of(config: dict) -> Words | T5:
+    """The inverse of `config` of either encoder. ValueError: another kind."""
+    if config["kind"] == "t5":
+        return T5(config["source"], config["dim"], config["length"])
+    return Words.from_config(config)
+
+
+# ---- encoded pictures: latents and text states ---------------------------------------------------
+
+class Latents(Pictures):
+    """The samples of a folder that `encode` wrote, for a network of latents of `side`.
+
+    As a dataset of Pictures it has their size, 8 x side, so that scores and bins are found; its
+    batches have latents. `choose(position, row)` names the caption whose states are read.
+    Raises ValueError: not such a folder, or not encoded at this size.
+    """
+
+    def __init__(self, path: str, side: int):
+        self.encoded = read_encoded(Path(path))
+        super().__init__(path, 8 * side, memory_gb=0)
+        self.choose = first_caption
+        if self.size not in self.encoded["sizes"]:
+            raise ValueError(f"{path} was encoded at {self.encoded['sizes']} pixels, and a side of "
+                             f"{side} needs {self.size}: encode it with --sizes {self.size}")
+        if self.keys and len(self.arrays) < len(self.keys):
+            raise ValueError(f"{path} has pictures without latents: encode into a new folder")
+
+    def read(self, i: int, kind: str) -> torch.Tensor:
+        """One array of row i, float32. ValueError, naming file and key: it cannot be read."""
+        row = int(self.rows[i])
+        number, offset, length = self.arrays[row].get(kind, (self.places[row][0], 0, 0))
+        with open(self.files[number], "rb") as file:
+            file.seek(offset)
+            content = file.read(length)
+        try:
+            values = np.load(io.BytesIO(content), allow_pickle=False)
+            if values.dtype != np.float16 or values.ndim != (2 if kind.startswith("text") else 3):
+                raise ValueError(f"{values.dtype} {values.shape}")
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{self.files[number]}: {kind} of {self.name(i)} cannot be read "
+                             f"({error}); encode it again") from error
+        return torch.from_numpy(values.astype(np.float32))
+
+    def __getitem__(self, places: tuple[np.ndarray, np.ndarray]) -> dict:
+        """As Pictures, with latents: "picture" their means and "std" (b, C, S, S), "text"
+        (b, L, E), "text_mask" (b, L)."""
+        position, row = (torch.from_numpy(np.array(place)) for place in places)
+        pairs = list(zip(position.tolist(), row.tolist()))
+        text, mask = pad([self.read(i, f"text{self.choose(p, i)}") for p, i in pairs])
+        return {"position": position, "row": row, "broken": {}, "text": text, "text_mask": mask,
+                "picture": torch.stack([self.read(i, f"mean{self.size}") for _, i in pairs]),
+                "std": torch.stack([self.read(i, f"std{self.size}") for _, i in pairs])}
+
+
+def first_caption(position: int, row: int) -> int:
+    """The choice of Latents unless another is set."""
+    return 0
+
+
+def read_encoded(folder: Path) -> dict:
+    """encoded.json: which encoders made the arrays, and how. ValueError: it is not there."""
+    file = folder / "encoded.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no encoded.json: latents are made with python data.py "
+                         f"encode DATA OUT, and read from OUT")
+    found = parse_object(file.read_bytes(), str(file))
+    missing = [key for key in ("sizes", "vae", "text_encoder", "dim", "length", "dtype")
+               if key not in found]
+    if missing:
+        raise ValueError(f"{file} has no {', '.join(missing)}; encode into a new folder")
+    return found
+
+
+def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae: "VAE",
+                 encoder: "T5", bar: tqdm) -> None:
+    """One tar of the samples of a shard with their arrays; it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+
+        def add(name: str, content: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+        def add_array(name: str, values: torch.Tensor) -> None:
+            buffer = io.BytesIO()
+            np.save(buffer, values.half().numpy())
+            add(name, buffer.getvalue())
+
+        for first in range(shard.start, shard.stop, 16):
+            whole = []                                        # (row, its bytes, squares by size)
+            for row in range(first, min(first + 16, shard.stop)):
+                number, offset, length = pictures.places[pictures.rows[row]].tolist()
+                with open(pictures.files[number], "rb") as file:
+                    file.seek(offset)
+                    content = file.read(length)
+                try:
+                    whole.append((row, content, [square(content, size)[0] for size in sizes]))
+                except BROKEN as error:
+                    pictures.unreadable[pictures.name(row)] = f"{pictures.files[number]}: {error}"
+            bar.update(min(first + 16, shard.stop) - first)
+            if not whole:
+                continue
+            latents = [vae.encode(torch.from_numpy(np.stack([squares[k] for *_, squares in whole])))
+                       for k in range(len(sizes))]
+            for j, (row, content, _) in enumerate(whole):
+                key, captions = pictures.keys[row], pictures.captions[row]
+                ending = Image.open(io.BytesIO(content), formats=FORMATS).format.lower()
+                add(f"{key}.{dict(jpeg='jpg', jpeg2000='jp2').get(ending, ending)}", content)
+                add(f"{key}.txt", captions[0].encode())
+                add(f"{key}.json", json.dumps({"captions": captions[1:]}).encode())
+                for size, (mean, std) in zip(sizes, latents):
+                    add_array(f"{key}.mean{size}.npy", mean[j])
+                    add_array(f"{key}.std{size}.npy", std[j])
+                # <PERSON> stands for a name that was taken out: the release leaves it out, too
+                plain = [caption.replace("<PERSON>", "") for caption in captions]
+                for number, states in enumerate(encoder.states(plain)):
+                    add_array(f"{key}.text{number}.npy", states)
+            encoder.known.clear()
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def encode(data: str, out: Path, sizes: list, vae: "VAE", encoder: "T5", rank: int = 0,
+           world: int = 1) -> None:
+    """The shards of one rank, those that are there left out. ValueError: OUT was begun otherwise,
+    or more samples than MAX_UNREADABLE cannot be read."""
+    if not sizes or any(size < 8 or size % 8 for size in sizes):
+        raise ValueError(f"--sizes {sizes}: the VAE halves a picture three times, name multiples "
+                         "of 8")
+    pictures = Pictures(data, max(sizes), memory_gb=0)
+    empty = encoder.states([""])[0]                                              # (L, E)
+    settings = dict(format=1, sizes=sizes, vae=vae.source, text_encoder=encoder.source,
+                    dim=encoder.dim, length=encoder.length, dtype=str(encoder.model.dtype))
+    if out.is_file() or out.resolve() == Path(data).resolve():
+        raise ValueError(f"OUT {out}: name a folder of its own")
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "encoded.json").exists():
+        found = read_encoded(out)
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise ValueError(f"{out} was begun with {key} {found.get(key)}, not {value}: encode "
+                                 "with the same, or into another folder")
+    elif any(out.glob("*.tar")):
+        raise ValueError(f"{out} holds tars that this command did not write: name another folder")
+    else:
+        for name, write in (("empty.npy", lambda path: np.save(path, empty.numpy())),
+                            ("encoded.json", lambda path: path.write_text(json.dumps(settings)))):
+            temporary = out / f".{os.getpid()}.{name}"
+            write(temporary)
+            os.replace(temporary, out / name)
+    todo = [shard for shard in pictures.shards[rank::world]
+            if not (out / f"{shard.name}.tar").exists()]
+    with tqdm(total=sum(shard.stop - shard.start for shard in todo), desc="encoding",
+              unit="picture", disable=rank > 0) as bar:
+        for shard in todo:
+            encode_shard(pictures, shard, out / f"{shard.name}.tar", sizes, vae, encoder, bar)
+    failed = pictures.unreadable
+    for name, reason in failed.items():
+        print(f"left out {name}: {reason}")
+    print(f"{len(todo)} shards written to {out}, {len(failed)} samples left out")
+    if len(failed) > MAX_UNREADABLE * (len(pictures) + pictures.lost):
+        raise ValueError(f"{data}: {len(failed)} samples cannot be read (the limit is "
+                         f"{MAX_UNREADABLE:.0%}); see python data.py check {data}")
+
+
+def best_device() -> torch.device:
+    """CUDA, else MPS, else CPU; under torchrun each rank's own GPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 # ---- python data.py check DATA -------------------------------------------------------------------
@@ -613,12 +913,25 @@ def check(path: str, size: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Look at a dataset before training on it.")
+    parser = argparse.ArgumentParser(description="Look at a dataset, or encode it, before training")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="read everything once and list what is wrong")
     command.add_argument("data", help="folder of tars, tar, brace range, glob or picture folder")
     command.add_argument("--size", type=int, default=24, help="side in pixels to train at")
+    command = commands.add_parser("encode", help="write VAE latents and T5 states beside the "
+                                  "pictures, into new tars")
+    command.add_argument("data", help="folder of tars, tar, brace range, glob or picture folder")
+    command.add_argument("out", help="folder to write to")
+    command.add_argument("--sizes", type=int, nargs="+", default=[256], help="sides in pixels")
+    command.add_argument("--vae", default=VAE.SOURCE, help="folder or hub id of an AutoencoderKL")
+    command.add_argument("--text-encoder", default=T5.SOURCE, help="folder or hub id of a T5")
+    command.add_argument("--length", type=int, default=256, help="tokens beyond which texts are cut")
     args = parser.parse_args()
+    if args.command == "encode":
+        encoder, vae = T5(args.text_encoder, length=args.length), VAE(args.vae)
+        encoder.device = vae.device = best_device()
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        return encode(args.data, Path(args.out), args.sizes, vae, encoder, rank, world)
     faults = check(args.data, args.size)
     if faults:
         raise ValueError("\n".join(faults))

@@ -8,7 +8,8 @@ Symbols (the whole project uses them):
     c the caption: text (B, L, E), text_mask (B, L) True = token · w guidance weight, 0 = off
     z (B, M, D) latents of the network, handed on from step to step · u (B,) learned log-variance
 
-Every function works on any model with `model(x_t, t, s, text, text_mask, z) -> v, z, u`.
+Every function works on any model with `model(x_t, t, s, text, text_mask, z, known) -> v, z, u`;
+sampling also calls `known = model.condition(s, text, text_mask)`, once: it does not depend on t.
 """
 import torch
 
@@ -89,9 +90,10 @@ def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_n
         raise ValueError(f"solver {solver!r} with {steps} steps: use euler or ab2, 1 step or more")
     if text_neg is None:
         text_neg, text_mask_neg = text, text_mask
-    s_both = torch.cat([s_pos, s_neg])                                           # (2B, R)
-    text_both = torch.cat([text, text_neg])                                      # (2B, L, E)
-    mask_both = torch.cat([text_mask, text_mask_neg])                            # (2B, L)
+    asked = {False: (s_pos, text, text_mask),                                    # guided or not:
+             True: (torch.cat([s_pos, s_neg]), torch.cat([text, text_neg]),      # (2B, R | L, E | L)
+                    torch.cat([text_mask, text_mask_neg]))}
+    known = {}                                               # of both, what does not depend on t
     x_t, z, v_last, last, B, was_guided = eps, None, None, None, len(eps), False
     times = step_times(steps, shift)
     for now, after in zip(times[:-1], times[1:]):
@@ -99,15 +101,17 @@ def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_n
         guided = w != 0 and interval[0] <= now <= interval[1]
         if guided != was_guided:                  # v̂ jumps here: no line through both sides of it
             v_last, was_guided = None, guided
+        if guided not in known:
+            known[guided] = model.condition(*asked[guided])
         if guided:
             if z is not None and len(z) == B:         # guidance begins: both branches share a past
                 z = torch.cat([z, z])                                            # (2B, M, D)
-            v, z, _ = model(torch.cat([x_t, x_t]), torch.cat([t, t]), s_both, text_both, mask_both,
-                            z)                                                   # (2B, C, H, W)
+            v, z, _ = model(torch.cat([x_t, x_t]), torch.cat([t, t]), *asked[True], z,
+                            known[True])                                         # (2B, C, H, W)
             v = guide(v[:B].float(), v[B:].float(), w)                           # (B, C, H, W)
         else:
             z = z[:B] if z is not None else None
-            v, z, _ = model(x_t, t, s_pos, text, text_mask, z)                   # (B, C, H, W)
+            v, z, _ = model(x_t, t, *asked[False], z, known[False])              # (B, C, H, W)
             v = v.float()
         slope, step = v, after - now
         if solver == "ab2" and v_last is not None:          # the line through the last two, midway

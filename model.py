@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, eps=1e-6).type_as(x) * self.weight
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, 1e-6)
 
 
 class Fourier(nn.Module):
@@ -99,7 +100,10 @@ class Level(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """a · silu(b), hidden size 8/3 D rounded up to a multiple of 256: (..., D) → (..., D)."""
+    """a · silu(b), hidden size 8/3 D rounded up to a multiple of 256: (..., D) → (..., D).
+
+    The backward pass makes the gate anew: keeping it is a quarter of a training step's memory.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -107,9 +111,15 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(dim, 2 * hidden)
         self.out = nn.Linear(hidden, dim)
 
-    def forward(self, x):
-        a, b = self.up(x).chunk(2, -1)                                           # (..., hidden) x 2
+    def gate(self, up):
+        a, b = up.chunk(2, -1)                                                   # (..., hidden) x 2
         return self.out(a * F.silu(b))                                           # (..., D)
+
+    def forward(self, x):
+        up = self.up(x)                                                          # (..., 2 hidden)
+        if torch.is_grad_enabled():
+            return checkpoint(self.gate, up, use_reentrant=False, preserve_rng_state=False)
+        return self.gate(up)
 
 
 class MLP(nn.Module):
@@ -128,6 +138,7 @@ class Attention(nn.Module):
     """Multi-head attention of x (B, N, D) over a source (B, M, E), or itself (source_dim None).
 
     Queries and keys are normalised per head (qk_norm), so that logits cannot grow without bound.
+    What a source offers, `keys_values`, does not depend on x and can be kept.
     """
 
     def __init__(self, dim: int, source_dim: int | None, heads: int, qk_norm=True, bias=False):
@@ -144,16 +155,24 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x, source=None, mask=None):
-        if source is None:
-            q, k, v = self.qkv(x).chunk(3, -1)                                   # (B, N, D) x 3
+    def split(self, x):
+        """(B, N, H d) → (B, H, N, d)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, source):
+        """What there is to read in a source (B, M, E): keys and values, (B, H, M, d) each."""
+        k, v = self.kv(source).chunk(2, -1)                                      # (B, M, width) x 2
+        return self.k_norm(self.split(k)), self.split(v)
+
+    def forward(self, x, keys_values=None, mask=None):
+        if keys_values is None:
+            q, k, v = (self.split(a) for a in self.qkv(x).chunk(3, -1))          # (B, H, N, d) x 3
+            k = self.k_norm(k)                                                   # (B, H, N, d)
         else:
-            q, (k, v) = self.q(x), self.kv(source).chunk(2, -1)                  # (B, N | M, width)
-        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))   # H x d
-        q, k = self.q_norm(q), self.k_norm(k)                                    # (B, H, N | M, d)
+            q, (k, v) = self.split(self.q(x)), keys_values                       # (B, H, N | M, d)
         if mask is not None:
             mask = mask[:, None, None, :]                                        # (B, 1, 1, M)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)              # (B, H, N, d)
+        h = F.scaled_dot_product_attention(self.q_norm(q), k, v, attn_mask=mask)     # (B, H, N, d)
         return self.out(h.transpose(1, 2).flatten(2))                            # (B, N, D)
 
 
@@ -165,8 +184,12 @@ class Cross(nn.Module):
         self.norm_1, self.attention = RMSNorm(dim), Attention(dim, source_dim, heads)
         self.norm_2, self.mlp = RMSNorm(dim), SwiGLU(dim)
 
-    def forward(self, x, source, mask=None):
-        x = x + self.attention(self.norm_1(x), source, mask)                     # (B, N, D)
+    def offer(self, source):
+        """What x can read of a source (B, M, E): keys and values, (B, H, M, d) each."""
+        return self.attention.keys_values(source)
+
+    def forward(self, x, keys_values, mask=None):
+        x = x + self.attention(self.norm_1(x), keys_values, mask)                # (B, N, D)
         return x + self.mlp(self.norm_2(x))                                      # (B, N, D)
 
 
@@ -209,12 +232,14 @@ class Block(nn.Module):
         self.compute = nn.ModuleList(Compute(c.latent_dim, c.heads) for _ in range(c.layers))
         self.write = Cross(c.data_dim, c.latent_dim, c.read_heads)
 
-    def forward(self, x, z, condition, mask):
-        z = self.read_condition(z, condition, mask)                              # (B, M, D)
-        z = self.read(z, x)                                                      # (B, M, D)
+    def forward(self, x, z, time, known, mask):
+        now = self.read_condition.offer(time)                                    # (B, H, 1, d) x 2
+        known = [torch.cat(pair, 2) for pair in zip(now, known)]             # (B, H, 1 + K, d) x 2
+        z = self.read_condition(z, known, mask)                                  # (B, M, D)
+        z = self.read(z, self.read.offer(x))                                     # (B, M, D)
         for layer in self.compute:
             z = layer(z)                                                         # (B, M, D)
-        return self.write(x, z), z                                               # (B, N, d), z
+        return self.write(x, self.write.offer(z)), z                             # (B, N, d), z
 
 
 class TextRIN(nn.Module):
@@ -222,7 +247,8 @@ class TextRIN(nn.Module):
 
     forward takes x_t (B, C, S, S), t (B,), s (B, R), text (B, L, text_dim), text_mask (B, L) bool,
     and z (B, M, D), the latents of the step before, or None at the first. It returns v like x_t,
-    the new latents z, and the log-variance u (B,) of the loss at t.
+    the new latents z, and the log-variance u (B,) of the loss at t. `known` is
+    condition(s, text, text_mask), where that was computed before: no result changes.
     """
 
     def __init__(self, config: Config):
@@ -277,10 +303,11 @@ class TextRIN(nn.Module):
                 nn.init.zeros_(linear.weight)
 
     def condition(self, s, text, text_mask):
-        """Everything the network knows of s and c; it does not depend on t.
+        """All that the blocks read of s and c. It does not depend on t, so sampling keeps it.
 
         s (B, R) in [0, 1], or -1 for a reward that is not asked for; text (B, L, text_dim),
-        text_mask (B, L) → tokens (B, K, D), mask (B, K), with K = R + registers + L.
+        text_mask (B, L) → for each block its keys and values (B, H, K, d), and the mask
+        (B, 1 + K), with K = R + registers + L and one place for the time.
         """
         B = len(text)
         rewards = [level(s[:, r]) for r, level in enumerate(self.levels)]        # R of (B, D)
@@ -295,9 +322,10 @@ class TextRIN(nn.Module):
         mask = F.pad(text_mask, (tokens.shape[1] - text_mask.shape[1], 0), value=True)   # (B, K)
         for layer in self.text_layers:
             tokens = layer(tokens, mask)                                         # (B, K, D)
-        return tokens, mask
+        known = [block.read_condition.offer(tokens) for block in self.blocks]    # (B, H, K, d) x 2
+        return known, F.pad(mask, (1, 0), value=True)
 
-    def forward(self, x_t, t, s, text, text_mask, z=None):
+    def forward(self, x_t, t, s, text, text_mask, z=None, known=None):
         c, gamma = self.config, 1 - t                                            # (B,)
         g = gamma.view(-1, 1, 1, 1)                                              # (B, 1, 1, 1)
         x = x_t / torch.sqrt((g * c.sigma_data) ** 2 + (1 - g) ** 2)             # (B, C, S, S)
@@ -305,9 +333,7 @@ class TextRIN(nn.Module):
         x = self.patch_norm(self.patch_in(x)) + self.positions                   # (B, N, d)
 
         time = self.time(gamma)[:, None]                                         # (B, 1, D)
-        tokens, mask = self.condition(s, text, text_mask)                        # (B, K, D)
-        tokens = torch.cat([time.type_as(tokens), tokens], 1)                    # (B, 1 + K, D)
-        mask = F.pad(mask, (1, 0), value=True)                                   # (B, 1 + K)
+        known, mask = known or self.condition(s, text, text_mask)
 
         # Trained without latents (self_condition 0), previous_out.weight has a gradient of zero and
         # stays zero: the latents that sampling hands on then change nothing.
@@ -315,8 +341,8 @@ class TextRIN(nn.Module):
             z = x.new_zeros(len(x), c.latents, c.latent_dim)                     # (B, M, D)
         previous = self.previous_out(z + self.previous_mlp(self.previous_norm(z)))   # (B, M, D)
         z = self.latents + time + previous                                       # (B, M, D)
-        for block in self.blocks:
-            x, z = block(x, z, tokens, mask)                                     # (B, N, d), z
+        for block, keys_values in zip(self.blocks, known):
+            x, z = block(x, z, time, keys_values, mask)                          # (B, N, d), z
 
         x = self.patch_out(self.out_norm(x))                                     # (B, N, p² C)
         v = from_patches(x, c.patch) * math.sqrt(1 + c.sigma_data ** 2)          # (B, C, S, S)
@@ -343,3 +369,79 @@ def sincos(side: int, dim: int) -> torch.Tensor:
     waves = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)            # (side, dim / 2)
     rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
     return torch.cat([rows, columns], -1).flatten(0, 1)                          # (side², dim)
+
+
+# --------------------------------------------------------- the release's layout of the same network
+
+RELEASE_REWARDS = {"clip": "clip_score", "aesthetic": "aesthetic_score", "vqa": "vqa_score",
+                   "image_reward": "image_reward_score", "pick": "pick_a_score_score",
+                   "hpsv2": "hpsv2_score", "sci": "sciscore_score"}               # here: there
+RELEASE_CONFIG = {"channels": "num_input_channels", "size": "data_size", "patch": "patch_size",
+                  "data_dim": "data_dim", "latents": "num_latents", "latent_dim": "latents_dim",
+                  "blocks": "num_blocks", "layers": "num_processing_layers",
+                  "read_heads": "read_write_heads", "heads": "compute_heads",
+                  "text_dim": "label_dim", "registers": "num_text_registers"}     # here: there
+RELEASE_FIXED = {"use_cond_rin_block": True, "concat_cond_token_to_latents": False,
+                 "use_self_conditioning": True, "latent_mlp_multiplier": 4,
+                 "data_mlp_multiplier": 4, "do_normalization": "noise_driven",
+                 "logvar_channels": 128, "logvar_mlp_layers": 0}
+RELEASE_NAMES = {                       # class: {attribute here: name there}
+    TextRIN: {"patch_in": "patch_extractor", "patch_norm": "data_ln", "time": "time_embedder",
+              "positions": "data_pos_embedding", "levels": "coherence_embedder",
+              "reward_positions": "coherence_positional_embedding", "registers": "text_registers",
+              "text_in": "map_text_tokens", "text_layers": "transformers_blocks",
+              "previous_norm": "ln_previous_1", "previous_mlp": "linear_previous",
+              "previous_out": "ln_previous_2", "blocks": "rin_blocks",
+              "out_norm": "map_tokens_to_patches.0", "patch_out": "map_tokens_to_patches.1",
+              "log_variance": "logvar_proj"},
+    Block: {"read_condition": "retrieve_cond", "read": "retriever_ca", "compute": "processer_sa",
+            "write": "writer_ca"},
+    Cross: {"norm_1": "initial_to_ln", "attention": "ca", "norm_2": "middle_ln", "mlp": "ffn"},
+    Compute: {"norm_1": "initial_ln", "attention": "sa", "norm_2": "middle_ln", "mlp": "ffn"},
+    TextLayer: {"norm_1": "initial_ln", "attention": "sa", "norm_2": "middle_ln", "mlp": "ffn",
+                "scale_1": "layer_scale_1", "scale_2": "layer_scale_2"},
+    SwiGLU: {"up": "linear_packed", "out": "linear_out"},
+    MLP: {"up": "linear_1", "out": "linear_2"},
+    Level: {"fourier": "encode_time", "up": "map_time_input", "out": "map_time_output"},
+    Fourier: {"frequencies": "freqs"},
+}
+
+
+def release_name(net: TextRIN, name: str) -> str:
+    """A tensor's name here → its name in the release's model.safetensors."""
+    parts, module = [], net
+    for part in name.split("."):
+        if module is net.levels:
+            reward = net.config.rewards[int(part)]
+            parts.append(f"{RELEASE_REWARDS.get(reward, reward)}_coherence")
+        else:
+            parts.append(RELEASE_NAMES.get(type(module), {}).get(part, part))
+        module = getattr(module, part, None)
+    return ("preconditioning." if parts[0] == "logvar_proj" else "network.") + ".".join(parts)
+
+
+def release_config(config: dict) -> Config:
+    """The release's config.json → Config. ValueError: an architecture that this file is not."""
+    there, around = config["network"], config.get("preconditioning", {})
+    for key, value in RELEASE_FIXED.items():
+        found = (there | around).get(key, value)
+        if found != value:
+            raise ValueError(f"{key} is {found}, and this network has {value} alone")
+    aliases = {name: here for here, name in RELEASE_REWARDS.items()}
+    return Config(rewards=tuple(aliases.get(key, key) for key in there["coherence_keys"]),
+                  text_heads=16, sigma_data=around.get("sigma_data", 0.5),
+                  **{here: there[name] for here, name in RELEASE_CONFIG.items()})
+
+
+def release_config_of(c: Config) -> dict:
+    """The inverse: the network, preconditioning and coherence_keys of the release's config.json.
+    ValueError: text_heads is not 16, the only number there."""
+    if c.text_heads != 16:
+        raise ValueError(f"the release's layout has 16 text heads, and this network {c.text_heads}")
+    keys = [RELEASE_REWARDS.get(name, name) for name in c.rewards]
+    network = {name: getattr(c, here) for here, name in RELEASE_CONFIG.items()}
+    network |= dict(coherence_keys=keys, num_cond_tokens=1, use_cond_rin_block=True,
+                    concat_cond_token_to_latents=False, use_self_conditioning=True)
+    preconditioning = dict(num_latents=c.latents, latents_dim=c.latent_dim,
+                           do_normalization="noise_driven", sigma_data=c.sigma_data)
+    return dict(network=network, preconditioning=preconditioning, coherence_keys=keys)

@@ -9,24 +9,31 @@ and is drawn on the CPU: batch and device change no more than rounding.
 """
 import argparse
 import json
+import re
+import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import binning
 import flow
-from data import Words
-from model import Config, TextRIN
+from data import T5, VAE, Words, best_device, encoder_of, first_line, pad
+from model import (RELEASE_REWARDS, Config, TextRIN, release_config, release_config_of,
+                   release_name)
 from rewards import REWARDS, default_rewards, score_all
+
+
+SAMPLER = dict(guidance=7.0, solver="euler", steps=50, shift=1.0)                # the release's
 
 
 @dataclass
@@ -34,50 +41,134 @@ class Model:
     """A network with all that sampling needs: what is in a checkpoint folder."""
     net: TextRIN
     config: dict
-    encoder: Words
-    bins: binning.Bins | None        # None: trained without rewards
+    encoder: Words | T5
+    bins: binning.Bins | None        # None: trained without rewards, or the release's
     device: torch.device
+    vae: VAE | None = None           # of checkpoints that make latents
+    empty: torch.Tensor | None = None   # (L, D): the states of "" that the release saved
 
     @property
     def rewards(self) -> tuple:
         return tuple(self.config["network"]["rewards"])
 
 
-def best_device() -> torch.device:
-    """CUDA, else MPS, else CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def find(checkpoint: str, variant: str | None) -> Path:
+    """A folder stays itself; OWNER/NAME is a repository of the hub. FileNotFoundError: neither."""
+    folder = Path(checkpoint, variant or "")
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", checkpoint) or \
+            checkpoint.startswith("runs/"):
+        return folder
+    from huggingface_hub import hf_hub_download
+    try:
+        for name in ("uncond_embedding.npy", "model.safetensors", "config.json"):
+            path = hf_hub_download(checkpoint, name, subfolder=variant)
+    except (OSError, ValueError) as error:                  # HTTP errors are OSErrors there
+        raise FileNotFoundError(f"--checkpoint {folder}: there is no such folder, and the hub does "
+                                f"not give it ({first_line(error)})") from error
+    return Path(path).parent
+
+
+def read_release(folder: Path, config: dict, weights: dict) -> tuple:
+    """A folder in the release's layout → (config as train.py writes it, weights by our names, the
+    states (L, E) of the empty caption or None). ValueError names what does not fit.
+
+    Pixel norms are those of the VAE's latents there: z = x_0 * std + mean."""
+    shift = config.get("scheduler", {}).get("shift", 1)
+    if shift != 1:
+        raise ValueError(f"its scheduler.shift is {shift}, and only 1 is known here")
+    network = release_config(config)
+    with torch.device("meta"):
+        names = {release_name(net, name): name for net in [TextRIN(network)]
+                 for name in net.state_dict()}
+    scale, bias = (weights.pop(f"postprocessing.{name}").flatten() for name in ("scale", "bias"))
+    for name in [name for name in weights if name not in names]:
+        constant = name.startswith(("data_preprocessing.", "postprocessing."))     # scale, bias
+        if constant or weights[name].dtype == torch.bool and weights[name].all():  # masks of ones
+            del weights[name]
+    empty, file = None, folder / "uncond_embedding.npy"
+    if file.exists():
+        empty = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))    # (L, E)
+    there = config.get("sampler_defaults", {})
+    sampler = SAMPLER | {here: there[name] for here, name in (
+        ("guidance", "guidance_scale"), ("steps", "num_inference_steps")) if name in there}
+    text = dict(kind="t5", source=config.get("text_encoder_repo", T5.SOURCE),
+                dim=network.text_dim, length=config.get("max_text_len", 77))
+    config = dict(format=1, network=asdict(network), mean=(-bias / scale).tolist(),
+                  std=(1 / scale).tolist(), text_encoder=text, bins=None, score_std={}, prompts=[],
+                  vae=config.get("vae_repo", VAE.SOURCE), sampler=sampler)
+    return config, {names.get(name, name): tensor for name, tensor in weights.items()}, empty
+
+
+def write_release(model: Model, folder: Path) -> None:
+    """The inverse of read_release: a folder that MiroPipeline of miro-t2i loads, too.
+
+    ValueError: the model makes no VAE latents from T5 states, or the folder is there."""
+    if model.vae is None or not isinstance(model.encoder, T5):
+        raise ValueError("--export writes networks of VAE latents and T5 states, and this one was "
+                         "trained on pixels or words")
+    if folder.exists():
+        raise ValueError(f"--export {folder} is there already: name a new folder")
+    net, c = model.net, model.net.config
+    weights = {release_name(net, name): tensor.contiguous().cpu()
+               for name, tensor in net.state_dict().items()}
+    for name, width in (("cond_mask", 1), ("registers_coherence_mask", 0)):
+        weights[f"network.{name}"] = torch.ones(width + len(c.rewards) + c.registers) > 0
+    layers = {name.rsplit(".attention.", 1)[0] for name in net.state_dict() if ".attention." in name}
+    for layer in layers:
+        name = release_name(net, layer + ".attention").rpartition(".")[0]
+        weights[f"{name}.attention_mask_dummy"] = torch.ones(1, 1) > 0
+    mean, std = (torch.tensor(model.config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    for name in ("data_preprocessing", "postprocessing"):
+        weights |= {f"{name}.scale": 1 / std, f"{name}.bias": -mean / std}
+    sampler, per_channel = model.config["sampler"], {"channel_wise_normalisation": True}
+    there = release_config_of(c) | dict(
+        data_preprocessing=per_channel, postprocessing=per_channel, data_resolution=c.size,
+        img_resolution=8 * c.size, max_text_len=model.encoder.length, vae_repo=model.vae.source,
+        text_encoder_repo=model.encoder.source, sampler_defaults=dict(
+            num_inference_steps=sampler["steps"], guidance_scale=sampler["guidance"]))
+    text, mask = model.encoder.encode([""])
+    empty = model.empty if model.empty is not None else text[0][mask[0]]           # (L, E)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(weights, temporary / "model.safetensors")
+    np.save(temporary / "uncond_embedding.npy", empty.numpy())
+    (temporary / "config.json").write_text(json.dumps(there, indent=1))
+    temporary.rename(folder)
 
 
 def load(folder, device: torch.device) -> Model:
-    """Read config.json and model.safetensors, strictly. ValueError names the file and the fault."""
-    folder = Path(folder)
+    """Read config.json and model.safetensors, ours or the release's, strictly.
+
+    ValueError names the file and the fault, or the tensor."""
+    folder, empty = Path(folder), None
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     for file in (config_file, weights_file):
         if not file.exists():
             raise FileNotFoundError(f"{file} does not exist: train with python train.py, or name a "
                                     "checkpoint folder with --checkpoint")
     try:
+        weights = load_file(weights_file)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_file} cannot be read ({error}): copy or train it again") \
+            from error
+    try:
         config = json.loads(config_file.read_text())
+        if "coherence_keys" in config.get("network", {}):
+            config, weights, empty = read_release(folder, config, weights)
         if config["format"] != 1:
             raise ValueError(f"its format is {config['format']}, not 1")
         missing = {"mean", "std", "sampler", "prompts", "score_std"} - set(config)
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         net = TextRIN(Config(**config["network"]))
-        encoder = Words.from_config(config["text_encoder"])
+        encoder = encoder_of(config["text_encoder"])
         bins = binning.Bins.from_config(config["bins"]) if config["bins"] else None
     # A hand-edited configuration fails in whatever part of the network it describes wrongly.
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
             RuntimeError) as error:
         raise ValueError(f"{config_file} is not the configuration of a checkpoint "
                          f"({type(error).__name__}: {error}): copy or train it again") from error
-    try:
-        weights = load_file(weights_file)
-    except SafetensorError as error:
-        raise ValueError(f"{weights_file} cannot be read ({error}): copy or train it again") \
-            from error
     expected = net.state_dict()
     wrong = [name for name in expected.keys() | weights.keys()
              if name not in weights or name not in expected
@@ -86,7 +177,8 @@ def load(folder, device: torch.device) -> Model:
         raise ValueError(f"{weights_file} does not fit {config_file}: {len(wrong)} tensors are "
                          f"missing, unknown or of another shape, such as {sorted(wrong)[0]}")
     net.load_state_dict(weights)
-    return Model(net.to(device).eval(), config, encoder, bins, device)
+    vae = VAE(config["vae"]) if config.get("vae") else None
+    return Model(net.to(device).eval(), config, encoder, bins, device, vae, empty)
 
 
 def noise(seeds: list, shape: tuple) -> torch.Tensor:
@@ -101,13 +193,12 @@ def generate(model: Model, prompts: list, s_pos: torch.Tensor, s_neg: torch.Tens
     """Pictures of prompts (B), at levels s_pos, s_neg (B, R), from noise of seeds (B).
 
     guidance, steps, solver, shift: None takes the checkpoint's own. negative_prompt: the caption
-    of the negative branch, None = the same caption. Returns uint8 (B, 3, S, S) on the CPU.
+    of the negative branch, None = the same caption (the paper's equation 5), "" = the release's
+    choice. Returns uint8 (B, 3, S, S) on the CPU, of latents (B, 3, 8 S, 8 S).
     """
     c, defaults = model.config["network"], model.config["sampler"]
     eps = noise(seeds, (c["channels"], c["size"], c["size"]))                    # (B, C, S, S)
-    text, mask = model.encoder.encode(prompts)                                   # (B, L, E), (B, L)
-    negative = prompts if negative_prompt is None else [negative_prompt] * len(prompts)
-    text_neg, mask_neg = model.encoder.encode(negative)                          # (B, L, E), (B, L)
+    (text, mask), (text_neg, mask_neg) = captions(model, prompts, negative_prompt)
     tensors = [a.to(model.device) for a in (eps, s_pos, s_neg, text, mask, text_neg, mask_neg)]
     asked = dict(guidance=guidance, steps=steps, solver=solver, shift=shift)
     chosen = defaults | {key: value for key, value in asked.items() if value is not None}
@@ -116,13 +207,34 @@ def generate(model: Model, prompts: list, s_pos: torch.Tensor, s_neg: torch.Tens
                      progress=progress, **chosen)
          for i in range(0, len(prompts), batch)]
     mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    return (torch.cat(x).cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
+    x = torch.cat(x).cpu() * std + mean                                          # (B, C, S, S)
+    if model.vae is not None:
+        model.vae.move(model.device)
+        return model.vae.decode(x)                                               # (B, 3, 8 S, 8 S)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def captions(model: Model, prompts: list, negative_prompt: str | None) -> tuple:
+    """Text (B, L, E) and mask (B, L) of both branches, padded to one length; the encoder's memory
+    is free again afterwards."""
+    model.encoder.device = model.device
+    positive = model.encoder.encode(prompts)                                     # (B, L, E), (B, L)
+    negative = positive
+    if negative_prompt == "" and model.empty is not None:        # the states that the release saved
+        negative = pad([model.empty] * len(prompts))                             # (B, L', E)
+    elif negative_prompt is not None:
+        negative = model.encoder.encode([negative_prompt] * len(prompts))        # (B, L', E)
+    model.encoder.free()
+    longest = max(positive[0].shape[1], negative[0].shape[1])
+    return tuple((F.pad(text, (0, 0, 0, longest - text.shape[1])),
+                  F.pad(mask, (0, longest - mask.shape[1]))) for text, mask in (positive, negative))
 
 
 def flops(model: Model) -> int:
     """Floating-point operations of one forward pass of one picture (2 for each multiply-add)."""
     c = model.config["network"]
-    text, mask = model.encoder.encode([""])
+    length = model.encoder.length
+    text, mask = torch.zeros(1, length, c["text_dim"]), torch.ones(1, length, dtype=torch.bool)
     inputs = (noise([0], (c["channels"], c["size"], c["size"])), torch.ones(1),
               torch.ones(1, len(model.rewards)), text, mask)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -136,10 +248,11 @@ def read_targets(entries, rewards: tuple, default: float, flag: str) -> list:
     """["all=1", "contrast=0.3"] or {"contrast": 0.3} → R levels in the order of the columns.
 
     ValueError, with what is valid: an unknown reward, or a level outside [0, 1]."""
-    levels = dict.fromkeys(rewards, default)
+    levels, aliases = dict.fromkeys(rewards, default), {v: k for k, v in RELEASE_REWARDS.items()}
     pairs = (entries.items() if isinstance(entries, dict)
              else [entry.partition("=")[::2] for entry in entries])          # later ones override
     for name, text in pairs:
+        name = aliases.get(name, name)                                    # the release's names, too
         try:
             value = float(text)
         except (TypeError, ValueError):
@@ -337,13 +450,18 @@ def write_png(image: Image.Image, path: Path, settings: dict) -> None:
 def read_command(argv=None):
     parser = argparse.ArgumentParser(description="sample pictures with reward targets")
     add = parser.add_argument
-    add("--checkpoint", default="runs/shapes", help="folder with config.json, model.safetensors")
+    add("--checkpoint", default="runs/shapes", help="folder of train.py or of the release, or a "
+        "hub repository such as nicolas-dufour/miro")
+    add("--variant", help="subfolder of the checkpoint, such as miro-only-clip")
+    add("--text-encoder", help="folder or hub id of a T5; default: the checkpoint's")
+    add("--vae", help="folder or hub id of an AutoencoderKL; default: the checkpoint's")
+    add("--export", metavar="FOLDER", help="write the checkpoint in the release's layout, and stop")
     add("--prompt", help="one prompt")
     add("--prompts", help="file: prompts, or JSON with prompt, targets, negative, seed, one a line")
     add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1")
     add("--negative", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=0")
     add("--negative-prompt", help="caption of the negative branch; default: the same caption "
-        "(the empty one was seen in training with --text-dropout alone)")
+        '("" is the release\'s choice)')
     add("--sweep", metavar="REWARD=FIRST:LAST:COUNT", help="one column a level")
     add("--guidance", type=float, help="w, 0 = off; default: the checkpoint's")
     add("--interval", type=float, nargs=2, default=(0.0, 1.0), help="times t with guidance")
@@ -381,9 +499,17 @@ def read_command(argv=None):
 def main(argv=None):
     args = read_command(argv)
     began = time.time()
-    model = load(args.checkpoint, best_device())
+    model = load(find(args.checkpoint, args.variant), best_device())
+    for flag, part in (("text_encoder", model.encoder), ("vae", model.vae)):
+        if getattr(args, flag):
+            if not isinstance(part, (T5, VAE)):
+                raise ValueError(f"--{flag.replace('_', '-')}: {args.checkpoint} was trained "
+                                 "without one")
+            part.source = getattr(args, flag)
+    if args.export:
+        write_release(model, Path(args.export))
+        return print(f"wrote {args.export} in the release's layout")
     made = plan(args, model)
-    args.scale = args.scale or max(1, 120 // model.config["network"]["size"])
     tensor = lambda key: torch.tensor([job[key] for job in made]).view(
         len(made), len(model.rewards))
     defaults = model.config["sampler"]
@@ -396,6 +522,7 @@ def main(argv=None):
                             tensor("s_neg"), [job["seed"] for job in made], w, steps, solver,
                             tuple(args.interval), args.negative_prompt, args.batch, bar.update,
                             shift)
+    args.scale = args.scale or max(1, 120 // pictures.shape[-1])
     levels, raws = measure(model, pictures, [job["prompt"] for job in made])
     for job, measured, raw in zip(made, levels, raws):
         job |= dict(measured=measured, raw=raw)

@@ -20,6 +20,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ import binning
 import evaluate
 import flow
 import sample
-from data import MAX_UNREADABLE, Pictures, Words, batches, split_words
-from model import PRESETS, Config, TextRIN
+from data import MAX_UNREADABLE, T5, VAE, Latents, Pictures, Words, batches, split_words
+from model import PRESETS, Config, RMSNorm, TextRIN
 from rewards import (REWARDS, check_names, choose_rewards, default_rewards, read_scores,
                      score_all, score_dataset)
 from shapes import TASKS, WORDS, prompts, write_world
@@ -48,7 +49,7 @@ class Args:
     data: str | None = None          # folder of tars or pictures (data.py); default: the world
     out: str | None = None           # folder of the run; default runs/PRESET
     rewards: str = "all"             # all, none, or a,b,c: what the network is told
-    size: int | None = None          # side of the pictures in pixels
+    size: int | None = None          # side of the data: pixels, or latents of 8 pixels each
     patch: int | None = None         # side of a patch; it divides size
     blocks: int | None = None        # RIN blocks
     layers: int | None = None        # self-attention layers in a block
@@ -77,6 +78,8 @@ class Args:
     precision: str = "auto"          # fp32, bf16 or fp16; auto: bf16 or fp16 on CUDA, else fp32
     compile: bool = False            # torch.compile
     workers: int = 0                 # processes that read pictures, per rank
+    text_encoder: str | None = None  # latents: where the T5 of the encoded DATA is now
+    vae: str | None = None           # latents: where its VAE is now
     log_every: int = 50
     save_every: int = 250            # steps between checkpoints
     sample_every: int = 500          # steps between validation and the grid
@@ -102,7 +105,8 @@ STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what 
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError,
               TypeError)
 FREE = ("out", "accumulate", "compile", "workers", "log_every", "save_every", "sample_every",
-        "dry_run")                                  # flags that may change when a run is resumed
+        "text_encoder", "vae", "dry_run")           # flags that may change when a run is resumed
+
 
 
 # -------------------------------------------------------------------------------------- optimizers
@@ -152,39 +156,13 @@ def orthogonalise(x: torch.Tensor) -> torch.Tensor:
     return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
-class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020) as the release runs it: Adam's step, scaled by |p| / |step|.
-
-    As there, the trust ratio and the decay leave out norms and biases (trust False), and the
-    decay is p ← (1 - weight_decay) p at every step, not scaled by the learning rate.
-    """
-
-    def __init__(self, params, lr: float, weight_decay: float, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas,
-                                     eps=eps, trust=True))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            beta_1, beta_2 = group["betas"]
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                state["step"] += 1
-                m, v, k = state["m"], state["v"], state["step"]
-                m.lerp_(p.grad, 1 - beta_1)
-                v.lerp_(p.grad.square(), 1 - beta_2)
-                step = m / (1 - beta_1 ** k) / ((v / (1 - beta_2 ** k)).sqrt() + group["eps"])
-                ratio = 1.0
-                if group["trust"]:
-                    size, length = p.norm(), step.norm()
-                    ratio = torch.where((size > 0) & (length > 0), size / length, 1.0)
-                p.sub_(group["lr"] * ratio * step).mul_(1 - group["weight_decay"])
-
-
 def optimizers_for(net: TextRIN, args: Args) -> list:
-    """One optimizer, or with muon two; norms, biases and learned tokens are never decayed."""
+    """One optimizer, or with muon two.
+
+    muon, adamw: norms, biases and learned tokens are not decayed. lamb (You et al. 2020) is timm's
+    as the release runs its own: no decay and no trust ratio for norms and biases, but both for
+    learned tokens and all of the log-variance; the decay is part of the step that is scaled.
+    """
     named = dict(net.named_parameters())
     inner = ("blocks.", "text_layers.", "previous_mlp.")
     matrices = [p for name, p in named.items() if p.ndim == 2 and name.startswith(inner)]
@@ -193,11 +171,19 @@ def optimizers_for(net: TextRIN, args: Args) -> list:
     if args.optimizer == "muon":
         found = [Muon(matrices, args.matrix_lr, weight_decay=args.weight_decay),
                  torch.optim.AdamW(plain(matrices), args.lr, (0.9, 0.99), weight_decay=0.0)]
+    elif args.optimizer == "lamb":
+        from timm.optim import Lamb                              # here: timm takes a second to load
+        norms = {f"{name}.weight" for name, module in net.named_modules()
+                 if isinstance(module, (torch.nn.LayerNorm, RMSNorm))}
+        trusted = [p for name, p in named.items() if name.startswith("log_variance")
+                   or name not in norms and not name.endswith("bias")]
+        groups = [dict(params=trusted, weight_decay=args.weight_decay, always_adapt=True),
+                  dict(params=plain(trusted), weight_decay=0.0)]
+        found = [Lamb(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=None)]
     else:
         groups = [dict(params=weights, weight_decay=args.weight_decay),
-                  dict(params=plain(weights), weight_decay=0.0, trust=False)]
-        kind = {"adamw": torch.optim.AdamW, "lamb": Lamb}[args.optimizer]
-        found = [kind(groups, lr=args.lr, weight_decay=0.0)]
+                  dict(params=plain(weights), weight_decay=0.0)]
+        found = [torch.optim.AdamW(groups, lr=args.lr)]
     for group in (group for optimizer in found for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return found
@@ -224,6 +210,11 @@ def draws(seed: int, position: int, shape: tuple, rewards: int) -> dict:
                 rewards=rng.random(rewards))
 
 
+def choose_caption(captions: list, seed: int, shape: tuple, position: int, row: int) -> int:
+    """Which of a row's captions the sample at a position has: each as often."""
+    return int(draws(seed, position, shape, 0)["caption"] * len(captions[row]))
+
+
 def source_of(config: dict, s: list) -> dict:
     """What make_batch needs beside the pictures: levels by row and caption, and the pixel norms."""
     return dict(s=s, rewards=config["network"]["rewards"], channels=config["network"]["channels"],
@@ -234,21 +225,31 @@ def source_of(config: dict, s: list) -> dict:
 def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
     """What flow.loss takes, for a step of data.batches: x_0, eps, t, s, text, text_mask, coins."""
     shape = (source["channels"], args.size, args.size)
-    R = len(source["rewards"])
-    drawn = [draws(args.seed, p, shape, R) for p in step["position"].tolist()]
+    R, positions = len(source["rewards"]), step["position"].tolist()
+    drawn = [draws(args.seed, p, shape, R) for p in positions]
     stack = lambda key: torch.from_numpy(np.array([d[key] for d in drawn], np.float32))
+    dropped = stack("text") < args.text_dropout                                  # (B,)
     captions, levels = [], []
-    for row, d in zip(step["row"].tolist(), drawn):
-        choice = int(d["caption"] * len(dataset.captions[row]))      # rewards move with the text
-        text_dropped = d["text"] < args.text_dropout
-        captions.append("" if text_dropped else dataset.captions[row][choice])
-        levels.append(source["s"][row][choice])
+    for row, p, empty in zip(step["row"].tolist(), positions, dropped.tolist()):
+        choice = choose_caption(dataset.captions, args.seed, shape, p, row)
+        captions.append("" if empty else dataset.captions[row][choice])
+        levels.append(source["s"][row][choice])                      # rewards move with the text
     s = torch.from_numpy(np.array(levels, np.float32).reshape(len(drawn), R))    # (B, R)
     s = s.where(stack("rewards").view_as(s) >= args.reward_dropout, -1.0)        # -1: not asked
-    x_0 = (step["picture"].float() - source["mean"]) / source["std"]             # (B, C, S, S)
+    if "std" in step:              # latents: a draw from what the VAE's encoder says, and T5 states
+        noise = [np.random.default_rng([args.seed, 5, p]).standard_normal(shape) for p in positions]
+        x_0 = step["picture"] + step["std"] * torch.from_numpy(np.array(noise, np.float32))
+        text, text_mask = step["text"].clone(), step["text_mask"].clone()        # (B, L, E), (B, L)
+        if dropped.any():
+            (empty_text, empty_mask), L = encoder.encode([""]), text.shape[1]
+            text[dropped] = torch.nn.functional.pad(empty_text, (0, 0, 0, L))[:, :L]
+            text_mask[dropped] = torch.nn.functional.pad(empty_mask, (0, L))[:, :L]
+    else:
+        x_0 = step["picture"].float()                                            # (B, C, S, S)
+        text, text_mask = encoder.encode(captions)                               # (B, L, E), (B, L)
+    x_0 = (x_0 - source["mean"]) / source["std"]                                 # (B, C, S, S)
     t = flow.logit_normal(stack("t"), args.t_mean)                               # (B,)
     self_condition = stack("self_condition") < args.self_condition               # (B,)
-    text, text_mask = encoder.encode(captions)                                   # (B, L, E), (B, L)
     eps = stack("eps").view_as(x_0)                                              # (B, C, S, S)
     batch = (x_0, eps, t, s, text, text_mask, self_condition)
     return [tensor.to(device, non_blocking=True) for tensor in batch]
@@ -310,8 +311,8 @@ def same_run(found: dict, wanted: dict, out: Path) -> None:
             raise ValueError(f"{out} was trained with --{key.replace('_', '-')} "
                              f"{found['args'].get(key)}, not {value}: pass --out for another "
                              "folder, or the same flags")
-    for key in ("train_samples", "val_samples", "text_encoder", "bins"):
-        if found[key] != wanted[key]:
+    for key in ("train_samples", "val_samples", "text_encoder", "encoded", "bins"):
+        if found.get(key) != wanted[key]:
             raise ValueError(f"{out} was begun on other pictures, captions or scores ({key} have "
                              "changed): pass --out for another folder")
 
@@ -411,7 +412,8 @@ def make_missing(args: Args, path: str, embedded: bool) -> None:
     ValueError: more samples than MAX_UNREADABLE cannot be read or scored."""
     if embedded:
         write_world(path, args.world, seed=0, size=args.size)
-    pictures = Pictures(path, args.size)
+    size = args.size if PRESETS[args.preset]["channels"] == 3 else 8 * args.size
+    pictures = Pictures(path, size)
     failed, samples = pictures.unreadable, len(pictures) + pictures.lost
     if args.rewards != "none":
         failed = score_dataset(pictures, default_rewards(pictures.captions))
@@ -428,15 +430,15 @@ def prepare_data(args: Args, rank: int):
     Returns (train Pictures, val Pictures, s by row of each, Bins of the rewards asked, encoder).
     """
     embedded = args.data is None
-    if PRESETS[args.preset]["channels"] != 3:
-        raise ValueError(f"--preset {args.preset} trains on latents of pictures, which cannot be "
-                         "made yet: pass --dry-run to see its size and cost, or --preset shapes")
-    path = args.data or "runs/world"
+    path, latents = args.data or "runs/world", PRESETS[args.preset]["channels"] != 3
+    if latents and embedded:
+        raise ValueError(f"--preset {args.preset} trains on latents of pictures: make them with "
+                         "python data.py encode DATA OUT, and pass --data OUT")
     if rank == 0:
         make_missing(args, path, embedded)
     if dist.is_initialized():
         dist.barrier()
-    pictures = Pictures(path, args.size)
+    pictures = Latents(path, args.size) if latents else Pictures(path, args.size)
     rows, s, bins = list(range(len(pictures))), None, None
     if args.rewards != "none":
         names = choose_rewards(args.rewards, pictures.captions)
@@ -462,14 +464,21 @@ def prepare_data(args: Args, rank: int):
     if len(rows) < args.val + args.batch:
         raise ValueError(f"{path} has {len(rows)} usable samples, fewer than --val {args.val} and "
                          f"one --batch {args.batch}")
-    captions = [text for group in pictures.captions for text in group]
-    words = WORDS if embedded else Words.vocabulary_of(captions)     # a small world lacks some
-    longest = max(len(split_words(text)) for text in captions)
-    encoder = Words(words, PRESETS[args.preset]["text_dim"], longest + 1)   # room for one more word
+    if latents:
+        there = pictures.encoded
+        encoder = T5(args.text_encoder or there["text_encoder"], there["dim"], there["length"])
+    else:
+        captions = [text for group in pictures.captions for text in group]
+        words = WORDS if embedded else Words.vocabulary_of(captions)     # a small world lacks some
+        longest = max(len(split_words(text)) for text in captions)
+        encoder = Words(words, PRESETS[args.preset]["text_dim"], longest + 1)    # room for one more
     parts = []
     for chosen in (order[args.val:], order[:args.val]):
         part = pictures.select([rows[i] for i in chosen])
         empty = [np.zeros((len(c), 0), np.float32) for c in part.captions]
+        if latents:
+            shape = (PRESETS[args.preset]["channels"], args.size, args.size)
+            part.choose = partial(choose_caption, part.captions, args.seed, shape)
         parts.append((part, [s[i] for i in chosen] if s else empty))
     (train, s_train), (val, s_val) = parts
     return train, val, s_train, s_val, bins, encoder
@@ -490,7 +499,17 @@ class Run:
 def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, encoder) -> dict:
     """config.json: everything that sampling needs, and the flags of the run."""
     rows = np.arange(min(2000, len(train)))
-    first = train[rows, rows]["picture"].double()                # without the unreadable ones
+    encoded = train.encoded if isinstance(train, Latents) else None
+    if encoded:                          # a latent is drawn: its variance is the sum of two
+        first, spread = (torch.stack([train.read(i, f"{kind}{train.size}") for i in rows]).double()
+                         for kind in ("mean", "std"))
+        variance = first.var((0, 2, 3)) + spread.square().mean((0, 2, 3))        # (C,)
+    else:
+        first = train[rows, rows]["picture"].double()            # without the unreadable ones
+        variance = first.var((0, 2, 3))                                          # (C,)
+    mean, std = first.mean((0, 2, 3)), variance.sqrt()                           # (C,)
+    if encoded and encoded["vae"] == VAE.SOURCE:
+        mean, std = torch.tensor(VAE.MEAN), torch.tensor(VAE.STD)
     given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
     network = PRESETS[args.preset] | given | dict(rewards=list(bins.names) if bins else [],
                                                   text_dim=encoder.dim)
@@ -500,9 +519,10 @@ def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, en
         spread = dict(zip(bins.names, raw.std(0).tolist()))
     return dict(
         format=1, time="t = 0 is data, t = 1 is noise", network=network,
-        mean=first.mean((0, 2, 3)).tolist(),                     # of pixels in 0..255, per channel
-        std=(first.std((0, 2, 3)) / network["sigma_data"]).tolist(),
-        text_encoder=encoder.config(), bins=bins.to_config() if bins else None, score_std=spread,
+        mean=mean.tolist(),                  # per channel, of pixels in 0..255 or of VAE latents
+        std=(std / network["sigma_data"]).tolist(),
+        text_encoder=encoder.config(), vae=encoded and (args.vae or encoded["vae"]),
+        encoded=encoded, bins=bins.to_config() if bins else None, score_std=spread,
         prompts=[prompts(task, 1, 0)[0] for task in TASKS] if args.data is None
         else [captions[0] for captions in val.captions[:6]],
         sampler=SAMPLERS[args.preset] | ({} if bins else dict(guidance=0.0)),     # no s: v⁺ = v⁻
@@ -705,6 +725,11 @@ def main(argv=None):
     config = describe(args, train, val, s_train, bins, encoder)
     run = build(args, config, device, world, dtype)
     shown = sample.Model(run.average, run.config, encoder, bins, device)
+    if rank == 0 and run.config.get("vae"):                  # now, not when the first grid is drawn
+        shown.vae = VAE(run.config["vae"])
+        shown.vae.load()
+        encoder.states(run.config["prompts"])
+        encoder.free()
     source, source_val = source_of(run.config, s_train), source_of(run.config, s_val)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)

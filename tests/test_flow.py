@@ -33,13 +33,18 @@ class Recorder:
     """A model that writes down each call; v = velocity(x_t, t, s); its latents count the calls.
 
     The latents (b, 1, 2) of a row are [calls so far, first reward level of the row], so that a row
-    that receives another branch's past is found out.
+    that receives another branch's past is found out. What it knows is the levels asked for.
     """
 
     def __init__(self, velocity):
-        self.velocity, self.calls = velocity, []
+        self.velocity, self.calls, self.conditions = velocity, [], 0
 
-    def __call__(self, x_t, t, s, text, text_mask, z=None):
+    def condition(self, s, text, text_mask):
+        self.conditions += 1
+        return s, text, text_mask
+
+    def __call__(self, x_t, t, s, text, text_mask, z=None, known=None):
+        assert known is None or all(a is b for a, b in zip(known, (s, text, text_mask)))
         self.calls.append(dict(x_t=x_t, t=t, s=s, text=text, text_mask=text_mask, z=z,
                                grad=torch.is_grad_enabled()))
         count = torch.zeros(len(x_t)) if z is None else z[:, 0, 0]
@@ -237,6 +242,14 @@ def test_guidance_acts_only_inside_its_interval():
     assert times == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     assert guided == [False, False, True, True, True, True, True, False]
     assert torch.equal(x_0, torch.full_like(eps, -(3 * 1 + 5 * 5) / 8))   # v̂ = 1 outside, 5 inside
+
+
+@pytest.mark.parametrize("w, interval, times", [(0.0, (0.0, 1.0), 1), (2.0, (0.0, 1.0), 1),
+                                                (2.0, (0.25, 0.75), 2)])
+def test_what_does_not_depend_on_t_is_computed_once(w, interval, times):
+    model = Recorder(level)
+    sample(model, noise(B, 1, 2, 2), w=w, steps=8, interval=interval, **asked())
+    assert model.conditions == times and len(model.calls) == 8        # guided or not: once each
 
 
 # ---- the latents ---------------------------------------------------------------------------------
