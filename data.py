@@ -10,7 +10,9 @@ A broken sample (no caption, half a PNG) is left out and listed by name; a broke
 cut short, two pictures with one key, a path that leaves the folder) is a ValueError.
 
 `python data.py check DATA` reads everything once and lists what is wrong.
-`python data.py encode DATA OUT` makes VAE latents and T5 states, for `train.py --preset paper`.
+`python data.py encode DATA OUT` makes VAE latents and T5 states, for `train.py --preset paper`:
+tars of the pictures, their captions and key.mean256.npy, key.std256.npy (C, S, S), key.text0.npy (L, E)
+and one more text per caption, in float16, with encoded.json, which says how they were made.
 """
 import argparse
 import copy
@@ -37,6 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 MAX_PIXELS = 64_000_000      # a larger picture is refused before it is decoded
@@ -579,8 +582,11 @@ class T5:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-            self.model = T5EncoderModel.from_pretrained(self.source, dtype=dtype)
-        except (OSError, ValueError) as error:
+            self.model, found = T5EncoderModel.from_pretrained(self.source, dtype=dtype,
+                                                               output_loading_info=True)
+            if found["missing_keys"]:
+                raise ValueError(f"it has no {sorted(found['missing_keys'])[0]}")
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"the text encoder {self.source} cannot be loaded: name a folder or "
                              f"hub id with --text-encoder ({first_line(error)})") from error
         width = self.model.config.d_model
@@ -593,13 +599,14 @@ class T5:
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """The states (L, dim) of each prompt, float32 on the CPU, L its tokens, at most `length`:
-        longer prompts are cut, as in the release."""
+        longer prompts are cut, and <PERSON>, a name taken out, is left out, as in the release."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         for first in range(0, len(new), 32):
             if self.model is None:
                 self.load()
             part = new[first:first + 32]
-            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=self.length,
+            plain = [prompt.replace("<PERSON>", "") for prompt in part]
+            tokens = self.tokenizer(plain, padding=True, truncation=True, max_length=self.length,
                                     return_tensors="pt").to(self.device)
             states = self.model(**tokens).last_hidden_state.float().cpu()        # (b, L, dim)
             lengths = tokens["attention_mask"].sum(1).tolist()
@@ -622,6 +629,7 @@ class T5:
 class VAE:
     """Latents from pictures and back: a diffusers AutoencoderKL (SDXL's), fp32, loaded when used."""
     SOURCE = "stabilityai/sdxl-vae"
+    SCALING_FACTOR = 0.13025                    # of SDXL's, in its config.json: how it is recognised
     MEAN, STD = (-0.3480, 0.3754, 0.0419, 2.4331), (7.8518, 5.8465, 6.8716, 5.3140)   # the release's
 
     def __init__(self, source: str):
@@ -632,7 +640,7 @@ class VAE:
         from diffusers import AutoencoderKL
         try:
             self.model = AutoencoderKL.from_pretrained(self.source)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"the VAE {self.source} cannot be loaded: name a folder or hub id with "
                              f"--vae ({first_line(error)})") from error
         self.model.to(self.device).eval().requires_grad_(False)
@@ -696,8 +704,20 @@ class Latents(Pictures):
         if self.size not in self.encoded["sizes"]:
             raise ValueError(f"{path} was encoded at {self.encoded['sizes']} pixels, and a side of "
                              f"{side} needs {self.size}: encode it with --sizes {self.size}")
-        if self.keys and len(self.arrays) < len(self.keys):
-            raise ValueError(f"{path} has pictures without latents: encode into a new folder")
+        try:
+            values = np.load(Path(path) / "empty.npy", allow_pickle=False).astype(np.float32)
+            self.empty = torch.from_numpy(values.reshape(-1, self.encoded["dim"]))       # (L, E)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{path}/empty.npy, the states of the empty caption, cannot be read "
+                             f"({error}): encode into a new folder") from error
+        for row, captions in enumerate(self.captions):
+            kinds = {f"mean{self.size}", f"std{self.size}",
+                     *(f"text{number}" for number in range(len(captions)))}
+            missing = sorted(kinds - self.arrays.get(row, {}).keys())
+            if missing:
+                file = self.files[self.places[row][0]]
+                raise ValueError(f"{file}: {self.name(row)} has no {missing[0]}; remove the tar "
+                                 "and encode again")
 
     def read(self, i: int, kind: str) -> torch.Tensor:
         """One array of row i, float32. ValueError, naming file and key: it cannot be read."""
@@ -712,7 +732,7 @@ class Latents(Pictures):
                 raise ValueError(f"{values.dtype} {values.shape}")
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{self.files[number]}: {kind} of {self.name(i)} cannot be read "
-                             f"({error}); encode it again") from error
+                             f"({error}); remove the tar and encode again") from error
         return torch.from_numpy(values.astype(np.float32))
 
     def __getitem__(self, places: tuple[np.ndarray, np.ndarray]) -> dict:
@@ -738,8 +758,8 @@ def read_encoded(folder: Path) -> dict:
         raise ValueError(f"{folder} has no encoded.json: latents are made with python data.py "
                          f"encode DATA OUT, and read from OUT")
     found = parse_object(file.read_bytes(), str(file))
-    missing = [key for key in ("sizes", "vae", "text_encoder", "dim", "length", "dtype")
-               if key not in found]
+    missing = [key for key in ("sizes", "vae", "scaling_factor", "text_encoder", "dim", "length",
+                               "dtype", "data") if key not in found]
     if missing:
         raise ValueError(f"{file} has no {', '.join(missing)}; encode into a new folder")
     return found
@@ -780,15 +800,14 @@ def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae:
             for j, (row, content, _) in enumerate(whole):
                 key, captions = pictures.keys[row], pictures.captions[row]
                 ending = Image.open(io.BytesIO(content), formats=FORMATS).format.lower()
-                add(f"{key}.{dict(jpeg='jpg', jpeg2000='jp2').get(ending, ending)}", content)
+                ending = dict(jpeg="jpg", mpo="jpg", jpeg2000="jp2").get(ending, ending)
+                add(f"{key}.{ending}", content)
                 add(f"{key}.txt", captions[0].encode())
                 add(f"{key}.json", json.dumps({"captions": captions[1:]}).encode())
                 for size, (mean, std) in zip(sizes, latents):
                     add_array(f"{key}.mean{size}.npy", mean[j])
                     add_array(f"{key}.std{size}.npy", std[j])
-                # <PERSON> stands for a name that was taken out: the release leaves it out, too
-                plain = [caption.replace("<PERSON>", "") for caption in captions]
-                for number, states in enumerate(encoder.states(plain)):
+                for number, states in enumerate(encoder.states(captions)):
                     add_array(f"{key}.text{number}.npy", states)
             encoder.known.clear()
     with open(temporary, "rb") as file:
@@ -804,9 +823,12 @@ def encode(data: str, out: Path, sizes: list, vae: "VAE", encoder: "T5", rank: i
         raise ValueError(f"--sizes {sizes}: the VAE halves a picture three times, name multiples "
                          "of 8")
     pictures = Pictures(data, max(sizes), memory_gb=0)
+    vae.load()
     empty = encoder.states([""])[0]                                              # (L, E)
+    content = hashlib.sha256(json.dumps([pictures.keys, pictures.captions]).encode()).hexdigest()
     settings = dict(format=1, sizes=sizes, vae=vae.source, text_encoder=encoder.source,
-                    dim=encoder.dim, length=encoder.length, dtype=str(encoder.model.dtype))
+                    scaling_factor=vae.model.config.scaling_factor, dim=encoder.dim,
+                    length=encoder.length, dtype=str(encoder.model.dtype), data=content[:16])
     if out.is_file() or out.resolve() == Path(data).resolve():
         raise ValueError(f"OUT {out}: name a folder of its own")
     out.mkdir(parents=True, exist_ok=True)
@@ -824,8 +846,8 @@ def encode(data: str, out: Path, sizes: list, vae: "VAE", encoder: "T5", rank: i
             temporary = out / f".{os.getpid()}.{name}"
             write(temporary)
             os.replace(temporary, out / name)
-    todo = [shard for shard in pictures.shards[rank::world]
-            if not (out / f"{shard.name}.tar").exists()]
+    mine = pictures.shards[rank::world]
+    todo = [shard for shard in mine if not (out / f"{shard.name}.tar").exists()]
     with tqdm(total=sum(shard.stop - shard.start for shard in todo), desc="encoding",
               unit="picture", disable=rank > 0) as bar:
         for shard in todo:
@@ -834,8 +856,9 @@ def encode(data: str, out: Path, sizes: list, vae: "VAE", encoder: "T5", rank: i
     for name, reason in failed.items():
         print(f"left out {name}: {reason}")
     print(f"{len(todo)} shards written to {out}, {len(failed)} samples left out")
-    if len(failed) > MAX_UNREADABLE * (len(pictures) + pictures.lost):
-        raise ValueError(f"{data}: {len(failed)} samples cannot be read (the limit is "
+    samples = sum(shard.stop - shard.start for shard in mine) + pictures.lost
+    if len(failed) > MAX_UNREADABLE * samples:
+        raise ValueError(f"{data}: {len(failed)} of {samples} samples cannot be read (the limit is "
                          f"{MAX_UNREADABLE:.0%}); see python data.py check {data}")
 
 

@@ -90,10 +90,10 @@ def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_n
         raise ValueError(f"solver {solver!r} with {steps} steps: use euler or ab2, 1 step or more")
     if text_neg is None:
         text_neg, text_mask_neg = text, text_mask
-    asked = {False: (s_pos, text, text_mask),                                    # guided or not:
-             True: (torch.cat([s_pos, s_neg]), torch.cat([text, text_neg]),      # (2B, R | L, E | L)
-                    torch.cat([text_mask, text_mask_neg]))}
-    known = {}                                               # of both, what does not depend on t
+    asked, known = {False: (s_pos, text, text_mask)}, {}     # by guided or not: (B, R | L, E | L)
+    if w != 0:                                                                   # (2B, R | L, E | L)
+        negative = (s_neg, text_neg, text_mask_neg)
+        asked[True] = [torch.cat(pair) for pair in zip(asked[False], negative)]
     x_t, z, v_last, last, B, was_guided = eps, None, None, None, len(eps), False
     times = step_times(steps, shift)
     for now, after in zip(times[:-1], times[1:]):

@@ -323,7 +323,7 @@ class TextRIN(nn.Module):
         for layer in self.text_layers:
             tokens = layer(tokens, mask)                                         # (B, K, D)
         known = [block.read_condition.offer(tokens) for block in self.blocks]    # (B, H, K, d) x 2
-        return known, F.pad(mask, (1, 0), value=True)
+        return known, F.pad(mask, (1, 0), value=True)                            # (B, 1 + K)
 
     def forward(self, x_t, t, s, text, text_mask, z=None, known=None):
         c, gamma = self.config, 1 - t                                            # (B,)
@@ -333,7 +333,7 @@ class TextRIN(nn.Module):
         x = self.patch_norm(self.patch_in(x)) + self.positions                   # (B, N, d)
 
         time = self.time(gamma)[:, None]                                         # (B, 1, D)
-        known, mask = known or self.condition(s, text, text_mask)
+        known, mask = known or self.condition(s, text, text_mask)                # mask (B, 1 + K)
 
         # Trained without latents (self_condition 0), previous_out.weight has a gradient of zero and
         # stays zero: the latents that sampling hands on then change nothing.
@@ -381,6 +381,9 @@ RELEASE_CONFIG = {"channels": "num_input_channels", "size": "data_size", "patch"
                   "blocks": "num_blocks", "layers": "num_processing_layers",
                   "read_heads": "read_write_heads", "heads": "compute_heads",
                   "text_dim": "label_dim", "registers": "num_text_registers"}     # here: there
+RELEASE_DEFAULTS = {"read_write_heads": 16, "compute_heads": 16, "num_text_registers": 16,
+                    "use_cond_rin_block": False, "concat_cond_token_to_latents": True,
+                    "use_self_conditioning": False}             # there, where config.json is silent
 RELEASE_FIXED = {"use_cond_rin_block": True, "concat_cond_token_to_latents": False,
                  "use_self_conditioning": True, "latent_mlp_multiplier": 4,
                  "data_mlp_multiplier": 4, "do_normalization": "noise_driven",
@@ -424,13 +427,14 @@ def release_config(config: dict) -> Config:
     """The release's config.json → Config. ValueError: an architecture that this file is not."""
     there, around = config["network"], config.get("preconditioning", {})
     for key, value in RELEASE_FIXED.items():
-        found = (there | around).get(key, value)
-        if found != value:
+        found = (RELEASE_DEFAULTS | there | around).get(key, value)
+        if found != value and (key, found) != ("do_normalization", True):        # the same there
             raise ValueError(f"{key} is {found}, and this network has {value} alone")
     aliases = {name: here for here, name in RELEASE_REWARDS.items()}
     return Config(rewards=tuple(aliases.get(key, key) for key in there["coherence_keys"]),
                   text_heads=16, sigma_data=around.get("sigma_data", 0.5),
-                  **{here: there[name] for here, name in RELEASE_CONFIG.items()})
+                  **{here: (RELEASE_DEFAULTS | there)[name]
+                     for here, name in RELEASE_CONFIG.items()})
 
 
 def release_config_of(c: Config) -> dict:

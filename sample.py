@@ -87,7 +87,12 @@ def read_release(folder: Path, config: dict, weights: dict) -> tuple:
             del weights[name]
     empty, file = None, folder / "uncond_embedding.npy"
     if file.exists():
-        empty = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))    # (L, E)
+        try:
+            values = np.load(file, allow_pickle=False).astype(np.float32)
+            empty = torch.from_numpy(values.reshape(-1, network.text_dim))       # (L, E)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file} has no states of width {network.text_dim}: copy it again") \
+                from error
     there = config.get("sampler_defaults", {})
     sampler = SAMPLER | {here: there[name] for here, name in (
         ("guidance", "guidance_scale"), ("steps", "num_inference_steps")) if name in there}
@@ -106,8 +111,9 @@ def write_release(model: Model, folder: Path) -> None:
     if model.vae is None or not isinstance(model.encoder, T5):
         raise ValueError("--export writes networks of VAE latents and T5 states, and this one was "
                          "trained on pixels or words")
-    if folder.exists():
-        raise ValueError(f"--export {folder} is there already: name a new folder")
+    if folder.exists() or not model.rewards:
+        raise ValueError(f"--export {folder} is there already: name a new folder" if model.rewards
+                         else "--export: the release's layout has at least one reward, this none")
     net, c = model.net, model.net.config
     weights = {release_name(net, name): tensor.contiguous().cpu()
                for name, tensor in net.state_dict().items()}
@@ -126,8 +132,7 @@ def write_release(model: Model, folder: Path) -> None:
         img_resolution=8 * c.size, max_text_len=model.encoder.length, vae_repo=model.vae.source,
         text_encoder_repo=model.encoder.source, sampler_defaults=dict(
             num_inference_steps=sampler["steps"], guidance_scale=sampler["guidance"]))
-    text, mask = model.encoder.encode([""])
-    empty = model.empty if model.empty is not None else text[0][mask[0]]           # (L, E)
+    empty = model.empty if model.empty is not None else model.encoder.states([""])[0]     # (L, E)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -230,16 +235,20 @@ def captions(model: Model, prompts: list, negative_prompt: str | None) -> tuple:
                   F.pad(mask, (0, longest - mask.shape[1]))) for text, mask in (positive, negative))
 
 
-def flops(model: Model) -> int:
-    """Floating-point operations of one forward pass of one picture (2 for each multiply-add)."""
-    c = model.config["network"]
-    length = model.encoder.length
-    text, mask = torch.zeros(1, length, c["text_dim"]), torch.ones(1, length, dtype=torch.bool)
-    inputs = (noise([0], (c["channels"], c["size"], c["size"])), torch.ones(1),
-              torch.ones(1, len(model.rewards)), text, mask)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.net(*(a.to(model.device) for a in inputs))
-    return counter.get_total_flops()
+def flops(model: Model) -> tuple:
+    """Floating-point operations (2 for each multiply-add) of one picture and branch: what is
+    computed once, and one forward pass beside it."""
+    c, length = model.config["network"], model.encoder.length
+    with torch.device("meta"):
+        net = TextRIN(model.net.config)
+        asked = (torch.ones(1, len(model.rewards)), torch.zeros(1, length, c["text_dim"]),
+                 torch.ones(1, length, dtype=torch.bool))
+        x_t, t = torch.empty(1, c["channels"], c["size"], c["size"]), torch.ones(1)
+    with torch.no_grad(), FlopCounterMode(display=False) as once:
+        known = net.condition(*asked)
+    with torch.no_grad(), FlopCounterMode(display=False) as each:
+        net(x_t, t, *asked, None, known)
+    return once.get_total_flops(), each.get_total_flops()
 
 
 # ----------------------------------------------------------------------------------------- targets
@@ -532,8 +541,9 @@ def main(argv=None):
                  for t in flow.step_times(steps, shift)[:-1])
     names = ", ".join(f"{name}={level:g}" for name, level in zip(model.rewards, made[0]["s_pos"]))
     print(f"targets {names or 'none'}{' ...' if len(made) > 1 else ''}")
+    once, each = flops(model)
     print(f"{len(made)} pictures, {steps} {solver} steps, guidance {w:g}: {passes} network "
-          f"evaluations and {passes * flops(model) / 1e12:.4g} TFLOP a picture, "
+          f"evaluations and {(passes * each + (2 if w else 1) * once) / 1e12:.4g} TFLOP a picture, "
           f"{time.time() - began:.1f} s")
     settings = {**vars(args), "guidance": w, "steps": steps, "solver": solver, "shift": shift}
     save(best(made, args.best_of, args.by), by_job, args, model, settings)

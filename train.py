@@ -98,7 +98,7 @@ RECIPES = {
 }
 SAMPLERS = {                                               # config.json carries its preset's
     "shapes": dict(guidance=0.5, steps=16, solver="ab2", shift=3.0),
-    "paper": dict(guidance=7.0, steps=50, solver="euler", shift=1.0),
+    "paper": sample.SAMPLER,
 }
 STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what a state-*.pt holds
 # What torch.load raises on damaged files (700 were tried); all of it means "unreadable".
@@ -231,7 +231,7 @@ def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
     dropped = stack("text") < args.text_dropout                                  # (B,)
     captions, levels = [], []
     for row, p, empty in zip(step["row"].tolist(), positions, dropped.tolist()):
-        choice = choose_caption(dataset.captions, args.seed, shape, p, row)
+        choice = choose_caption(dataset.captions, args.seed, shape, p, row)    # as Latents has it
         captions.append("" if empty else dataset.captions[row][choice])
         levels.append(source["s"][row][choice])                      # rewards move with the text
     s = torch.from_numpy(np.array(levels, np.float32).reshape(len(drawn), R))    # (B, R)
@@ -240,10 +240,10 @@ def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
         noise = [np.random.default_rng([args.seed, 5, p]).standard_normal(shape) for p in positions]
         x_0 = step["picture"] + step["std"] * torch.from_numpy(np.array(noise, np.float32))
         text, text_mask = step["text"].clone(), step["text_mask"].clone()        # (B, L, E), (B, L)
-        if dropped.any():
-            (empty_text, empty_mask), L = encoder.encode([""]), text.shape[1]
-            text[dropped] = torch.nn.functional.pad(empty_text, (0, 0, 0, L))[:, :L]
-            text_mask[dropped] = torch.nn.functional.pad(empty_mask, (0, L))[:, :L]
+        tokens = min(len(dataset.empty), text.shape[1])
+        text[dropped], text_mask[dropped] = 0, False
+        text[dropped, :tokens] = dataset.empty[:tokens]
+        text_mask[dropped, :tokens] = True
     else:
         x_0 = step["picture"].float()                                            # (B, C, S, S)
         text, text_mask = encoder.encode(captions)                               # (B, L, E), (B, L)
@@ -312,7 +312,10 @@ def same_run(found: dict, wanted: dict, out: Path) -> None:
                              f"{found['args'].get(key)}, not {value}: pass --out for another "
                              "folder, or the same flags")
     for key in ("train_samples", "val_samples", "text_encoder", "encoded", "bins"):
-        if found.get(key) != wanted[key]:
+        pair = [config.get(key) for config in (found, wanted)]
+        if key == "text_encoder":                       # its folder may have moved
+            pair = [dict(value, source=None) for value in pair]
+        if pair[0] != pair[1]:
             raise ValueError(f"{out} was begun on other pictures, captions or scores ({key} have "
                              "changed): pass --out for another folder")
 
@@ -390,7 +393,6 @@ def start_ranks():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=2))       # rank 0 may score for a while
@@ -434,11 +436,12 @@ def prepare_data(args: Args, rank: int):
     if latents and embedded:
         raise ValueError(f"--preset {args.preset} trains on latents of pictures: make them with "
                          "python data.py encode DATA OUT, and pass --data OUT")
+    pictures = Latents(path, args.size) if latents else None     # before anything is written there
     if rank == 0:
         make_missing(args, path, embedded)
     if dist.is_initialized():
         dist.barrier()
-    pictures = Latents(path, args.size) if latents else Pictures(path, args.size)
+    pictures = pictures or Pictures(path, args.size)
     rows, s, bins = list(range(len(pictures))), None, None
     if args.rewards != "none":
         names = choose_rewards(args.rewards, pictures.captions)
@@ -508,7 +511,7 @@ def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, en
         first = train[rows, rows]["picture"].double()            # without the unreadable ones
         variance = first.var((0, 2, 3))                                          # (C,)
     mean, std = first.mean((0, 2, 3)), variance.sqrt()                           # (C,)
-    if encoded and encoded["vae"] == VAE.SOURCE:
+    if encoded and encoded["scaling_factor"] == VAE.SCALING_FACTOR:      # SDXL's: as the release
         mean, std = torch.tensor(VAE.MEAN), torch.tensor(VAE.STD)
     given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
     network = PRESETS[args.preset] | given | dict(rewards=list(bins.names) if bins else [],
@@ -536,7 +539,7 @@ def build(args: Args, config: dict, device: torch.device, world: int, dtype) -> 
     state = load_checkpoint(out)
     if state:
         same_run(state["config"], config, out)
-        config = state["config"]
+        config = state["config"] | {key: config[key] for key in ("text_encoder", "vae")}
     torch.manual_seed(args.seed)                                        # of the initial weights
     net = TextRIN(Config(**config["network"])).to(device)
     average = copy.deepcopy(net).requires_grad_(False)

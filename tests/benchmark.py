@@ -5,9 +5,9 @@
 
 Random weights, the same in both codes. Each measurement is a process of its own, alternating, so
 that neither code lives on the other's memory; ours sets what train.py sets (keep_freed_memory).
-A sampling step is both branches of guidance for `--pictures` pictures; a training step is forward,
-the pass without gradient of self-conditioning, backward, clipping, LAMB and EMA, all samples
-self-conditioned. Not collected by pytest.
+A sampling step is both branches of guidance for `--pictures` pictures; a training step is the pass
+of self-conditioning, for all samples, then forward and backward, and with --whole also clipping,
+LAMB and EMA. Not collected by pytest.
 """
 import argparse
 import copy
@@ -60,7 +60,8 @@ def given(B: int, device) -> dict:
 
 def clock(step, times: int, device) -> tuple:
     """(seconds of the fastest call after a first one, peak GB while running)."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type,
+                                                                              lambda: None)
     step()
     best = float("inf")
     for _ in range(times):
@@ -109,36 +110,45 @@ def measure_sampling(code: str, B: int, times: int, device, dtype) -> tuple:
     return (many - one) / times, peak
 
 
-def measure_training(code: str, B: int, times: int, device, dtype, compiled: bool) -> tuple:
+def measure_training(code: str, B: int, times: int, device, dtype, args) -> tuple:
     """One training step of B samples, all self-conditioned."""
-    args = train.read_args(["--preset", "paper", "--batch", str(B), "--self-condition", "1"])
-    i = given(B, device)
-    coin = torch.ones(B, dtype=torch.bool, device=device)
+    recipe = train.read_args(["--preset", "paper", "--batch", str(B)])
+    i, coin = given(B, device), torch.ones(B, dtype=torch.bool, device=device)
+    cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if code == "ours":
         train.keep_freed_memory()
         net = network(device)
-        run = train.Run(net, copy.deepcopy(net).requires_grad_(False),
-                        torch.compile(net) if compiled else net, train.optimizers_for(net, args),
-                        torch.amp.GradScaler(device.type, enabled=False), {}, 0)
-        batch = [i[name] for name in ("x_0", "eps", "t", "s", "text", "text_mask")] + [coin]
-        return clock(lambda: train.train_step(run, args, 10_000, batch, 1, dtype), times, device)
-    from miro.utils.optimizers import Lamb
-    net, around = their_network(device)
-    average = copy.deepcopy(net).requires_grad_(False)
-    model = torch.compile(net) if compiled else net
-    parameters = [*net.parameters(), *around.parameters()]
-    optimizer = Lamb([dict(params=parameters, weight_decay=0.01, layer_adaptation=True)],
-                     lr=1e-3, decouple=False)
+        model, parameters = torch.compile(net) if args.compile else net, list(net.parameters())
+
+        def loss():
+            return flow.loss(model, i["x_0"], i["eps"], i["t"], i["s"], i["text"], i["text_mask"],
+                             coin)[1].mean()
+        if args.whole:
+            [optimizer] = train.optimizers_for(net, recipe)
+    else:
+        from miro.utils.optimizers import Lamb
+        net, around = their_network(device)
+        model = torch.compile(net) if args.compile else net
+        parameters = [*net.parameters(), *around.parameters()]
+
+        def loss():
+            return reference.their_loss(model, around, i, reference.KEYS, coin).mean()
+        if args.whole:
+            optimizer = Lamb([dict(params=parameters, weight_decay=0.01, layer_adaptation=True)],
+                             lr=1e-3, decouple=False)
+    average = copy.deepcopy(net).requires_grad_(False) if args.whole else None
 
     def step():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = reference.their_loss(model, around, i, reference.KEYS, coin).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1e-4)
+        with cast:
+            value = loss()
+        value.backward()
+        if args.whole:
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1e-4)
+        for p in parameters:
+            p.grad = None
     return clock(step, times, device)
 
 
@@ -153,7 +163,8 @@ def matrix_peak(device, dtype) -> float:
 
 
 def forward_flops() -> float:
-    """Floating-point operations of one forward pass of one picture, 77 tokens."""
+    """Floating-point operations of one forward pass of one picture, 77 tokens (of ours in sampling
+    4 % less is computed: text and reward tokens once a picture, not counted off here)."""
     with torch.device("meta"):
         net = TextRIN(Config(**PRESETS["paper"] | dict(rewards=REWARDS)))
         inputs = (torch.empty(1, 4, 32, 32), torch.ones(1), torch.ones(1, 7),
@@ -170,6 +181,7 @@ def main():
     parser.add_argument("--times", type=int, default=3, help="measured steps; the fastest counts")
     parser.add_argument("--rounds", type=int, default=1, help="of both codes, alternating")
     parser.add_argument("--compile", action="store_true", help="torch.compile in training")
+    parser.add_argument("--whole", action="store_true", help="training with LAMB and EMA")
     parser.add_argument("--only", choices=("sampling", "training"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)      # one measurement, as JSON
     args = parser.parse_args()
@@ -183,13 +195,14 @@ def main():
         elif what == "sampling":
             found = measure_sampling(code, args.pictures, args.times, device, dtype)
         else:
-            found = measure_training(code, args.batch, args.times, device, dtype, args.compile)
+            found = measure_training(code, args.batch, args.times, device, dtype, args)
         return print("found", json.dumps(found))
 
     def one(code: str, what: str) -> list:
         call = [sys.executable, __file__, "--one", code, what, "--pictures", str(args.pictures),
                 "--batch", str(args.batch), "--times", str(args.times)]
-        done = subprocess.run(call + ["--compile"] * args.compile, capture_output=True, text=True)
+        done = subprocess.run(call + ["--compile"] * args.compile + ["--whole"] * args.whole,
+                              capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         return json.loads(done.stdout.splitlines()[-1].removeprefix("found "))

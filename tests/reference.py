@@ -31,7 +31,7 @@ from model import RELEASE_REWARDS, TextRIN, release_name
 FIXTURE = ROOT / "tests" / "release"
 KEYS = tuple(RELEASE_REWARDS[name] for name in ("clip", "aesthetic", "image_reward", "pick", "hpsv2",
                                                 "vqa", "sci"))          # in the release's order
-VARIANTS = [KEYS, *([k for k in KEYS if k != key] for key in KEYS), *([key] for key in KEYS), KEYS]
+VARIANTS = [KEYS, *([k for k in KEYS if k != key] for key in KEYS), *([key] for key in KEYS)]
 SMALL = dict(data_size=8, data_dim=16, num_input_channels=4, num_latents=6, latents_dim=32,
              label_dim=24, num_processing_layers=1, num_blocks=2, patch_size=2, num_cond_tokens=1,
              read_write_heads=4, compute_heads=8, num_text_registers=4)
@@ -304,7 +304,8 @@ def our_picture(folder: Path, prompt: str, targets: dict, seed: int, steps: int,
         return np.asarray(Image.open(Path(out) / "00000.png"))
 
 
-PICTURES = (("a red circle", {}, 0, 50, 7.0), ("two blue square", {"aesthetic_score": 0.625}, 3, 10, 2.0),
+PICTURES = (("a red circle", {}, 0, 50, 7.0),
+            ("two blue square", {"aesthetic_score": 0.625}, 3, 10, 2.0),
             ("a photo of the red circle and the blue square", {"vqa_score": 0.0}, 5, 7, 0.0))
 
 
@@ -348,11 +349,12 @@ def main():
     if args.write:
         return write_fixture()
     with tempfile.TemporaryDirectory() as parent:
-        for number, keys in enumerate(tqdm(VARIANTS[:-1], desc="reward sets", leave=False)):
+        for number, keys in enumerate(tqdm(VARIANTS, desc="reward sets", leave=False)):
             write_folder(Path(parent, str(number)), SMALL, keys, seed=number)
             found = compare_network(Path(parent, str(number)))
             assert max(found.values()) < 1e-5, (keys, found)
-        print(f"{len(VARIANTS)} reward sets load strictly; v, z and u differ by less than 1e-5")
+        print(f"all {len(VARIANTS)} reward sets of the 16 checkpoints (two have all seven) load "
+              "strictly; v, z and u differ by less than 1e-5")
         for name, size in (("small", SMALL), ("released", RELEASED))[:1 if args.small else 2]:
             folder = Path(parent, name)
             write_folder(folder, size, KEYS)

@@ -1,6 +1,7 @@
 """data.py encode and training on what it writes: with a small T5 and VAE in the layout of the hub."""
 import io
 import json
+import os
 import shutil
 import tarfile
 
@@ -31,7 +32,8 @@ def pictures(tmp_path_factory):
             size = (int(rng.integers(40, 90)), int(rng.integers(40, 90)))
             image = Image.effect_noise(size, 60).convert(("RGB", "L", "RGBA")[i % 3])
             name = f"{i:02d}.{('png', 'jpg', 'png')[i % 3]}"
-            image.save(folder / name)
+            more = dict(save_all=True, append_images=[image], format="MPO") if i == 1 else {}
+            image.save(folder / name, **more)                     # MPO: a JPEG with a second frame
             texts = [f"a photo of the {('red', 'blue')[i % 2]} circle", f"two <PERSON> square {i}"]
             lines.write(json.dumps({"file_name": name, "text": texts}) + "\n")
     return folder
@@ -170,32 +172,80 @@ def test_another_encoder_or_dtype_is_refused(pictures, encoded, trained, tmp_pat
     assert code == 2 and "was begun with text_encoder" in sentences(err)[-1]
     settings, out = (encoded / "encoded.json").read_text(), shutil.copytree(trained, tmp_path / "run")
     changed = json.loads(settings) | {"dtype": "torch.bfloat16"}
-    (encoded / "encoded.json").write_text(json.dumps(changed))
-    code, _, err = run("train.py", *TINY_PAPER, "--data", encoded, "--out", out)
-    (encoded / "encoded.json").write_text(settings)
+    try:
+        (encoded / "encoded.json").write_text(json.dumps(changed))
+        code, _, err = run("train.py", *TINY_PAPER, "--data", encoded, "--out", out)
+    finally:
+        (encoded / "encoded.json").write_text(settings)
     assert code == 2 and "encoded have changed" in sentences(err)[-1]
+
+
+def test_another_dataset_is_not_mixed_in(pictures, encoded, tmp_path):
+    other = shutil.copytree(pictures, tmp_path / "other")
+    lines = (other / "metadata.jsonl").read_text().replace("red", "green")
+    (other / "metadata.jsonl").write_text(lines)
+    code, _, err = run("data.py", "encode", other, encoded, "--sizes", 64, *ENCODERS)
+    assert code == 2 and "was begun with data" in sentences(err)[-1]
+
+
+def test_encoders_that_moved_are_named_anew_on_resuming(encoded, trained, tmp_path):
+    moved = shutil.copytree(RELEASE / "t5", tmp_path / "t5"), shutil.copytree(RELEASE / "vae",
+                                                                              tmp_path / "vae")
+    out = shutil.copytree(trained, tmp_path / "run")
+    (out / "state-00000006.pt").unlink()
+    code, _, err = run("train.py", *TINY_PAPER, "--data", encoded, "--out", out, "--text-encoder",
+                       moved[0], "--vae", moved[1])
+    assert code == 0, err
+    config = json.loads((out / "config.json").read_text())
+    assert (config["text_encoder"]["source"], config["vae"]) == tuple(map(str, moved))
+
+
+def test_the_empty_caption_is_the_encoded_one(encoded):
+    args = train.read_args([*TINY_PAPER, "--data", str(encoded), "--out", "nowhere",
+                            "--text-dropout", "1"])
+    found, _, levels, _, _, encoder = train.prepare_data(args, 0)
+    step = next(train.batches(found, 0, 0, 1, 4))
+    source = train.source_of(dict(network=dict(rewards=["contrast", "sharpness"], channels=4),
+                                  mean=[0] * 4, std=[1] * 4), levels)
+    _, _, _, _, text, mask, _ = train.make_batch(step, found, encoder, args, source, "cpu")
+    L = len(found.empty)
+    assert mask.sum(1).tolist() == [L] * 4 and not text[:, L:].any()
+    assert all(torch.equal(row[:L], found.empty) for row in text)
+    assert encoder.model is None                                  # nothing was loaded for it
 
 
 @pytest.mark.parametrize("flags, reason", [
     (["--size", "16"], "was encoded at [64] pixels, and a side of 16 needs 128"),
-    (["--text-encoder", "nothing"], "the text encoder nothing cannot be loaded"),
-    (["--vae", "nothing"], "the VAE nothing cannot be loaded")])
+    (["--text-encoder", "/no/where"], "the text encoder /no/where cannot be loaded"),
+    (["--vae", "/no/where"], "the VAE /no/where cannot be loaded")])
 def test_training_refuses_what_does_not_fit(encoded, tmp_path, flags, reason):
     code, _, err = run("train.py", *TINY_PAPER, "--data", encoded, "--out", tmp_path / "x", *flags)
     assert code == 2 and reason in sentences(err)[-1], err
 
 
 def test_pictures_that_were_not_encoded_say_how(pictures, tmp_path):
+    before = sorted(pictures.iterdir())
     code, _, err = run("train.py", *TINY_PAPER, "--data", pictures, "--out", tmp_path / "x")
     assert code == 2 and "python data.py encode DATA OUT" in sentences(err)[-1]
+    assert sorted(pictures.iterdir()) == before                       # nor was anything scored
     code, _, err = run("train.py", *TINY_PAPER, "--out", tmp_path / "x")
     assert code == 2 and "python data.py encode DATA OUT" in sentences(err)[-1]
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 def test_a_damaged_array_is_named_and_never_unpickled(encoded, tmp_path):
     folder = shutil.copytree(encoded, tmp_path / "x")
     buffer = io.BytesIO()
-    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(buffer, np.array([Bomb(tmp_path / "burst")], dtype=object), allow_pickle=True)
     with tarfile.open(encoded / "00000.tar") as old, tarfile.open(folder / "00000.tar", "w") as new:
         for member in old:
             content = old.extractfile(member).read()
@@ -206,4 +256,14 @@ def test_a_damaged_array_is_named_and_never_unpickled(encoded, tmp_path):
     found = Latents(folder, 8)
     with pytest.raises(ValueError, match="mean64 of 00000/03 cannot be read"):
         found.read(3, "mean64")
-    assert torch.isfinite(found.read(4, "mean64")).all()
+    assert torch.isfinite(found.read(4, "mean64")).all() and not (tmp_path / "burst").exists()
+
+
+def test_a_sample_without_one_of_its_arrays_stops_the_start(encoded, tmp_path):
+    folder = shutil.copytree(encoded, tmp_path / "x")
+    with tarfile.open(encoded / "00000.tar") as old, tarfile.open(folder / "00000.tar", "w") as new:
+        for member in old:
+            if member.name != "05.text1.npy":
+                new.addfile(member, old.extractfile(member))
+    with pytest.raises(ValueError, match="00000/05 has no text1; remove the tar and encode again"):
+        Latents(folder, 8)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import flow
 import sample
-from model import PRESETS, RELEASE_REWARDS, Config, TextRIN, release_name
+from model import RELEASE_REWARDS, release_name
 
 FOLDER = ROOT / "tests" / "release"
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_fifty_guided_steps_end_where_the_releases_sampler_ends(model, expected)
 
 
 @pytest.mark.parametrize("number", range(len(PICTURES)))
-def test_the_picture_of_a_command_is_the_pipelines(monkeypatch, tmp_path, expected, number):
+def test_the_picture_of_a_command_is_the_pipelines(tmp_path, expected, number):
     prompt, targets, seed, steps, w = PICTURES[number]
     asked = ["--targets", *targets] if targets else []
     code, _, err = run("sample.py", "--checkpoint", FOLDER, "--prompt", prompt, *asked, "--seed",
@@ -130,12 +130,44 @@ def test_the_releases_reward_names_are_aliases(model):
                 == sample.read_targets([f"{here}=0.25"], model.rewards, 1.0, "--targets"))
 
 
-def test_the_released_network_has_a_name_for_every_tensor_and_no_name_twice():
-    with torch.device("meta"):
-        net = TextRIN(Config(**PRESETS["paper"] | dict(rewards=REWARDS)))
-    names = [release_name(net, name) for name in net.state_dict()]
-    assert len(set(names)) == len(names)
-    assert all(name.startswith(("network.", "preconditioning.logvar_proj.")) for name in names)
+def test_every_tensor_of_the_release_has_one_name_here(model):
+    names = [release_name(model.net, name) for name in model.net.state_dict()]
+    there = {name for name, tensor in load_file(FOLDER / "model.safetensors").items()
+             if tensor.dtype != torch.bool and name.startswith(("network.", "preconditioning."))}
+    assert len(names) == len(set(names)) and set(names) == there
+
+
+def test_a_name_of_the_hub_is_downloaded_with_its_variant(monkeypatch):
+    import huggingface_hub
+    calls = []
+
+    def hf_hub_download(repository, name, subfolder=None):
+        calls.append((repository, name, subfolder))
+        return str(FOLDER / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    assert sample.find("nicolas-dufour/miro-ablations", "miro-only-clip") == FOLDER
+    assert {call[::2] for call in calls} == {("nicolas-dufour/miro-ablations", "miro-only-clip")}
+    assert {call[1] for call in calls} == {"config.json", "model.safetensors",
+                                           "uncond_embedding.npy"}
+
+
+def test_a_repository_that_the_hub_does_not_give_is_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def hf_hub_download(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing: .* the hub does not give it \(no"):
+        sample.find("nobody/nothing", None)
+
+
+@pytest.mark.parametrize("damage", [b"", np.zeros(23, np.float32).tobytes()])
+def test_a_damaged_empty_caption_is_one_sentence(copy, damage):
+    (copy / "uncond_embedding.npy").write_bytes(damage)
+    code, _, err = run("sample.py", "--checkpoint", copy, "--prompt", "a circle")
+    assert code == 2 and "uncond_embedding.npy has no states of width 24" in sentences(err)[-1]
 
 
 @pytest.mark.parametrize("change, reason", [
