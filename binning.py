@@ -212,6 +212,7 @@ def bin_dataset(pictures, names: tuple, bins: int = 64) -> Bins:
 
 
 def main() -> None:
+    """The command line: fit bins to a scored folder, print and draw them."""
     parser = argparse.ArgumentParser(description="fit quantile bins to the scores of rewards.py")
     parser.add_argument("data", help="folder of tars, tar, brace range, glob or picture folder")
     parser.add_argument("--rewards", default="all", help="all that are scored, or a,b,c")

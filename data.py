@@ -11,8 +11,8 @@ cut short, two pictures with one key, a path that leaves the folder) is a ValueE
 
 `python data.py check DATA` reads everything once and lists what is wrong.
 `python data.py encode DATA OUT` makes VAE latents and T5 states, for `train.py --preset paper`:
-tars of the pictures, their captions and key.mean256.npy, key.std256.npy (C, S, S), key.text0.npy (L, E)
-and one more text per caption, in float16, with encoded.json, which says how they were made.
+tars of the pictures, their captions and key.mean256.npy, key.std256.npy (C, S, S), key.text0.npy
+(L, E) and one more text per caption, in float16, with encoded.json: how they were made.
 """
 import argparse
 import copy
@@ -226,6 +226,7 @@ def scan_tar(index: Index, path: str) -> None:
     index.files.append(path)
 
     def read(place: tuple) -> bytes:
+        """The bytes at (file, offset, length)."""
         file.seek(place[1])
         return file.read(place[2])
 
@@ -627,10 +628,10 @@ class T5:
 
 
 class VAE:
-    """Latents from pictures and back: a diffusers AutoencoderKL (SDXL's), fp32, loaded when used."""
+    """Pictures to latents and back: a diffusers AutoencoderKL (SDXL's), fp32, loaded when used."""
     SOURCE = "stabilityai/sdxl-vae"
-    SCALING_FACTOR = 0.13025                    # of SDXL's, in its config.json: how it is recognised
-    MEAN, STD = (-0.3480, 0.3754, 0.0419, 2.4331), (7.8518, 5.8465, 6.8716, 5.3140)   # the release's
+    SCALING_FACTOR = 0.13025                   # of SDXL's, in its config.json: how it is recognised
+    MEAN, STD = (-0.3480, 0.3754, 0.0419, 2.4331), (7.8518, 5.8465, 6.8716, 5.3140)  # the release's
 
     def __init__(self, source: str):
         self.source, self.model, self.device = source, None, torch.device("cpu")
@@ -641,8 +642,8 @@ class VAE:
         try:
             self.model = AutoencoderKL.from_pretrained(self.source)
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"the VAE {self.source} cannot be loaded: name a folder or hub id with "
-                             f"--vae ({first_line(error)})") from error
+            raise ValueError(f"the VAE {self.source} cannot be loaded: name a folder or hub id "
+                             f"with --vae ({first_line(error)})") from error
         self.model.to(self.device).eval().requires_grad_(False)
 
     def move(self, device: torch.device) -> None:
@@ -653,7 +654,7 @@ class VAE:
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (B, 3, 8 S, 8 S) → mean and standard deviation of the latents, (B, C, S, S) each."""
+        """uint8 (B, 3, 8 S, 8 S) → mean and std of the latents, (B, C, S, S) each."""
         if self.model is None:
             self.load()
         found = self.model.encode(pictures.to(self.device).float() / 127.5 - 1).latent_dist
@@ -772,11 +773,13 @@ def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae:
     with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
 
         def add(name: str, content: bytes) -> None:
+            """One file of the tar."""
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
 
         def add_array(name: str, values: torch.Tensor) -> None:
+            """The same as a float16 .npy."""
             buffer = io.BytesIO()
             np.save(buffer, values.half().numpy())
             add(name, buffer.getvalue())
@@ -836,8 +839,8 @@ def encode(data: str, out: Path, sizes: list, vae: "VAE", encoder: "T5", rank: i
         found = read_encoded(out)
         for key, value in settings.items():
             if found.get(key) != value:
-                raise ValueError(f"{out} was begun with {key} {found.get(key)}, not {value}: encode "
-                                 "with the same, or into another folder")
+                raise ValueError(f"{out} was begun with {key} {found.get(key)}, not {value}: "
+                                 "encode with the same, or into another folder")
     elif any(out.glob("*.tar")):
         raise ValueError(f"{out} holds tars that this command did not write: name another folder")
     else:
@@ -936,6 +939,7 @@ def check(path: str, size: int) -> list[str]:
 
 
 def main() -> None:
+    """The command line: check a dataset, or encode it."""
     parser = argparse.ArgumentParser(description="Look at a dataset, or encode it, before training")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="read everything once and list what is wrong")
@@ -948,7 +952,7 @@ def main() -> None:
     command.add_argument("--sizes", type=int, nargs="+", default=[256], help="sides in pixels")
     command.add_argument("--vae", default=VAE.SOURCE, help="folder or hub id of an AutoencoderKL")
     command.add_argument("--text-encoder", default=T5.SOURCE, help="folder or hub id of a T5")
-    command.add_argument("--length", type=int, default=256, help="tokens beyond which texts are cut")
+    command.add_argument("--length", type=int, default=256, help="tokens, then texts are cut")
     args = parser.parse_args()
     if args.command == "encode":
         encoder, vae = T5(args.text_encoder, length=args.length), VAE(args.vae)

@@ -48,7 +48,7 @@ def evaluate_shapes(model: sample.Model, n: int = 512, alone: int = 128, seed: i
     with tqdm(total=rounds * steps, desc="evaluating", unit="step", leave=False) as bar:
         for request, count in requests.items():
             s_pos = levels(model, count, request)
-            w = 0.0 if request == "all=0" else None         # there s⁺ = s⁻: guidance does nothing
+            w = 0.0 if request == "all=0" else None       # there s⁺ = s⁻: guidance does nothing
             pictures = sample.generate(model, texts[:count], s_pos, torch.zeros_like(s_pos),
                                        list(range(count)), w, batch=batch, progress=bar.update)
             scores = score_all(names, pictures, texts[:count])                   # (count, R)
@@ -105,6 +105,7 @@ def evaluate_folder(model: sample.Model, folder: Path, n: int) -> dict:
 
 
 def main(argv=None):
+    """The command line: judge checkpoints one after the other."""
     parser = argparse.ArgumentParser(description="evaluate checkpoints of the embedded world")
     parser.add_argument("what", choices=("shapes",), help="the benchmark")
     parser.add_argument("checkpoints", nargs="+", help="folders that train.py wrote")

@@ -91,7 +91,7 @@ def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_n
     if text_neg is None:
         text_neg, text_mask_neg = text, text_mask
     asked, known = {False: (s_pos, text, text_mask)}, {}     # by guided or not: (B, R | L, E | L)
-    if w != 0:                                                                   # (2B, R | L, E | L)
+    if w != 0:                                                                  # (2B, R | L, E | L)
         negative = (s_neg, text_neg, text_mask_neg)
         asked[True] = [torch.cat(pair) for pair in zip(asked[False], negative)]
     x_t, z, v_last, last, B, was_guided = eps, None, None, None, len(eps), False

@@ -112,6 +112,7 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, dim)
 
     def gate(self, up):
+        """(..., 2 hidden) → (..., D)."""
         a, b = up.chunk(2, -1)                                                   # (..., hidden) x 2
         return self.out(a * F.silu(b))                                           # (..., D)
 
@@ -165,6 +166,7 @@ class Attention(nn.Module):
         return self.k_norm(self.split(k)), self.split(v)
 
     def forward(self, x, keys_values=None, mask=None):
+        """x (B, N, D) reads keys_values (B, H, M, d), or itself, where mask (B, M) is True."""
         if keys_values is None:
             q, k, v = (self.split(a) for a in self.qkv(x).chunk(3, -1))          # (B, H, N, d) x 3
             k = self.k_norm(k)                                                   # (B, H, N, d)
@@ -326,6 +328,7 @@ class TextRIN(nn.Module):
         return known, F.pad(mask, (1, 0), value=True)                            # (B, 1 + K)
 
     def forward(self, x_t, t, s, text, text_mask, z=None, known=None):
+        """See the class: → v (B, C, S, S), z (B, M, D), u (B,)."""
         c, gamma = self.config, 1 - t                                            # (B,)
         g = gamma.view(-1, 1, 1, 1)                                              # (B, 1, 1, 1)
         x = x_t / torch.sqrt((g * c.sigma_data) ** 2 + (1 - g) ** 2)             # (B, C, S, S)
@@ -364,7 +367,7 @@ def from_patches(x: torch.Tensor, p: int) -> torch.Tensor:
 
 def sincos(side: int, dim: int) -> torch.Tensor:
     """Sine and cosine of row and column at geometric wavelengths: (side², dim), unit variance."""
-    frequencies = torch.pi / 2 * side ** -torch.linspace(0, 1, dim // 4)         # (dim / 4,)
+    frequencies = torch.pi / 2 * side ** -(torch.arange(dim // 4) / (dim // 4 - 1))   # (dim / 4,)
     angles = torch.outer(torch.arange(side) + 0.5, frequencies)                  # (side, dim / 4)
     waves = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1)            # (side, dim / 2)
     rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)

@@ -428,6 +428,7 @@ def score_dataset(pictures: Pictures, names: Sequence[str], batch: int = 256, re
 
 
 def main() -> None:
+    """The command line: score a folder, one sidecar a shard."""
     parser = argparse.ArgumentParser(description="score every picture with its captions")
     parser.add_argument("data", help="folder of tars, tar, brace range, glob or picture folder")
     parser.add_argument("--rewards", default="all",

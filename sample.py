@@ -49,6 +49,7 @@ class Model:
 
     @property
     def rewards(self) -> tuple:
+        """The names of the columns of s, in the order of training."""
         return tuple(self.config["network"]["rewards"])
 
 
@@ -119,7 +120,7 @@ def write_release(model: Model, folder: Path) -> None:
                for name, tensor in net.state_dict().items()}
     for name, width in (("cond_mask", 1), ("registers_coherence_mask", 0)):
         weights[f"network.{name}"] = torch.ones(width + len(c.rewards) + c.registers) > 0
-    layers = {name.rsplit(".attention.", 1)[0] for name in net.state_dict() if ".attention." in name}
+    layers = {name.split(".attention.")[0] for name in net.state_dict() if ".attention." in name}
     for layer in layers:
         name = release_name(net, layer + ".attention").rpartition(".")[0]
         weights[f"{name}.attention_mask_dummy"] = torch.ones(1, 1) > 0
@@ -457,6 +458,7 @@ def write_png(image: Image.Image, path: Path, settings: dict) -> None:
 
 
 def read_command(argv=None):
+    """The flags, checked. ValueError: one is out of its range, or --out cannot be written to."""
     parser = argparse.ArgumentParser(description="sample pictures with reward targets")
     add = parser.add_argument
     add("--checkpoint", default="runs/shapes", help="folder of train.py or of the release, or a "
@@ -506,6 +508,7 @@ def read_command(argv=None):
 
 
 def main(argv=None):
+    """The command line: load, sample, measure, save, and say what it cost."""
     args = read_command(argv)
     began = time.time()
     model = load(find(args.checkpoint, args.variant), best_device())

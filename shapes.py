@@ -56,7 +56,7 @@ class Thing:
 
 # The shapes have about the same area: what grows with area (colourfulness, say) is about as likely
 # with one as with another then, and asking for it hardly contradicts a caption. In units of r²:
-AREA = (math.pi, math.pi, 0.75 * math.pi)      # of each of SHAPES; a triangle of π would be too wide
+AREA = (math.pi, math.pi, 0.75 * math.pi)    # of each of SHAPES; a triangle of π would be too wide
 SQUARE = math.sqrt(AREA[1]) / 2                # half its side
 INNER = math.sqrt(AREA[2] / math.sqrt(27))     # the inradius of the triangle, which is equilateral
 REACH = {"circle": (1, 1, 1), "square": (SQUARE, SQUARE, SQUARE),      # from the centroid sideways,
@@ -477,6 +477,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def main():
+    """The command line: write some of the embedded world as tar shards."""
     parser = argparse.ArgumentParser(description="write the embedded world as tar shards")
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--n", type=int, default=10000, help="pictures")

@@ -125,6 +125,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One update from the gradients that are there."""
         for group in self.param_groups:
             same = {}
             for p in group["params"]:
@@ -528,7 +529,7 @@ def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, en
         encoded=encoded, bins=bins.to_config() if bins else None, score_std=spread,
         prompts=[prompts(task, 1, 0)[0] for task in TASKS] if args.data is None
         else [captions[0] for captions in val.captions[:6]],
-        sampler=SAMPLERS[args.preset] | ({} if bins else dict(guidance=0.0)),     # no s: v⁺ = v⁻
+        sampler=SAMPLERS[args.preset] | ({} if bins else dict(guidance=0.0)),    # no s: v⁺ = v⁻
         train_samples=len(train), val_samples=len(val),
         args={key: value for key, value in asdict(args).items() if key not in FREE})
 
@@ -717,7 +718,20 @@ def finish(out: Path, shown: sample.Model, train: Pictures, embedded: bool) -> N
           f"python sample.py --checkpoint {out} --prompt \"{shown.config['prompts'][0]}\"")
 
 
+def model_to_show(run: Run, encoder, bins: binning.Bins | None, device) -> sample.Model:
+    """What grids are drawn with: the moving average and, for latents, the VAE, loaded at once and
+    not when the first grid is drawn; a T5 then has read the prompts of the grid and is freed."""
+    shown = sample.Model(run.average, run.config, encoder, bins, device)
+    if run.config.get("vae"):
+        shown.vae = VAE(run.config["vae"])
+        shown.vae.load()
+        encoder.states(run.config["prompts"])
+        encoder.free()
+    return shown
+
+
 def main(argv=None):
+    """The command line: the whole run, in the order in which things happen."""
     args = read_args(argv)
     keep_freed_memory()
     device, rank, world = start_ranks()
@@ -727,12 +741,7 @@ def main(argv=None):
     train, val, s_train, s_val, bins, encoder = prepare_data(args, rank)
     config = describe(args, train, val, s_train, bins, encoder)
     run = build(args, config, device, world, dtype)
-    shown = sample.Model(run.average, run.config, encoder, bins, device)
-    if rank == 0 and run.config.get("vae"):                  # now, not when the first grid is drawn
-        shown.vae = VAE(run.config["vae"])
-        shown.vae.load()
-        encoder.states(run.config["prompts"])
-        encoder.free()
+    shown = model_to_show(run, encoder, bins, device) if rank == 0 else None
     source, source_val = source_of(run.config, s_train), source_of(run.config, s_val)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 to run a script: in this process, in a process of its own, and in one that is killed on the way."""
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")      # before torch: these tensors are too small to share
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: tensors too small to share
 os.environ["CUDA_VISIBLE_DEVICES"] = ""            # oracles are bitwise: one kind of device
 
 import contextlib
@@ -31,7 +31,7 @@ TINY = ("--size 16 --patch 4 --latents 8 --latent-dim 32 --data-dim 32 --blocks 
 
 
 def run(script: str, *arguments) -> tuple:
-    """`python script arguments`, its last lines included, in this process: (code, stdout, stderr)."""
+    """`python script arguments`, its last lines included, in this process: (code, out, err)."""
     out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
     sys.argv = [script, *map(str, arguments)]
     try:

@@ -29,8 +29,8 @@ import train
 from model import RELEASE_REWARDS, TextRIN, release_name
 
 FIXTURE = ROOT / "tests" / "release"
-KEYS = tuple(RELEASE_REWARDS[name] for name in ("clip", "aesthetic", "image_reward", "pick", "hpsv2",
-                                                "vqa", "sci"))          # in the release's order
+KEYS = tuple(map(RELEASE_REWARDS.get, ("clip", "aesthetic", "image_reward", "pick", "hpsv2", "vqa",
+                                       "sci")))                         # in the release's order
 VARIANTS = [KEYS, *([k for k in KEYS if k != key] for key in KEYS), *([key] for key in KEYS)]
 SMALL = dict(data_size=8, data_dim=16, num_input_channels=4, num_latents=6, latents_dim=32,
              label_dim=24, num_processing_layers=1, num_blocks=2, patch_size=2, num_cond_tokens=1,
@@ -50,7 +50,7 @@ def theirs(folder: Path) -> tuple:
     parts = []
     for kind, name in ((CADRINTextCond, "network"), (FlowPrecond, "preconditioning")):
         part = kind(**config[name])
-        part.load_state_dict({key.removeprefix(f"{name}."): tensor for key, tensor in weights.items()
+        part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in weights.items()
                               if key.startswith(f"{name}.")})
         parts.append(part)
     return tuple(parts)
@@ -287,7 +287,8 @@ def their_picture(folder: Path, prompt: str, targets: dict, seed: int, steps: in
     import miro.pipeline as release
     release.DEFAULT_VAE = str(folder / "vae")
     with contextlib.redirect_stdout(io.StringIO()):
-        pipeline = release.MiroPipeline.from_pretrained(str(folder), text_encoder=str(folder / "t5"))
+        pipeline = release.MiroPipeline.from_pretrained(str(folder),
+                                                        text_encoder=str(folder / "t5"))
     return pipeline(prompt, reward_targets=targets, num_inference_steps=steps, guidance_scale=w,
                     generator=torch.Generator().manual_seed(seed), output_type="numpy")[0]
 
@@ -296,7 +297,8 @@ def our_picture(folder: Path, prompt: str, targets: dict, seed: int, steps: int,
     """The same by sample.py, as a user calls it."""
     from PIL import Image
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        asked = ["--targets", *(f"{key}={level}" for key, level in targets.items())] if targets else []
+        levels = [f"{key}={level}" for key, level in targets.items()]
+        asked = ["--targets", *levels] if levels else []
         sample.main(["--checkpoint", str(folder), "--prompt", prompt, *asked, "--seed", str(seed),
                      "--steps", str(steps), "--guidance", str(w), "--negative-prompt", "",
                      "--text-encoder", str(folder / "t5"), "--vae", str(folder / "vae"),

@@ -353,12 +353,12 @@ def too_few_samples(place):
 
 def paper_without_data(place):
     return (train(place, "--preset", "paper", "--latent-dim", "64", "--data-dim", "64", data=False),
-            "--preset paper trains on latents of pictures, which cannot be made yet")
+            "--preset paper trains on latents of pictures: make them with python data.py encode")
 
 
 def paper_on_pictures(place):
     return (train(place, "--preset", "paper", "--latent-dim", "64", "--data-dim", "64"),
-            "--preset paper trains on latents of pictures, which cannot be made yet")
+            "world has no encoded.json: latents are made with python data.py encode DATA OUT")
 
 
 def out_is_a_file(place):
@@ -420,8 +420,8 @@ def config_without_sampler(place):
 
 def config_of_another_encoder(place):
     place.edit(place.checkpoint / "config.json",
-               lambda config: config["text_encoder"].update(kind="t5"))
-    return sample(place), "a text encoder of kind 't5'; this one is 'words'"
+               lambda config: config["text_encoder"].update(kind="bert"))
+    return sample(place), "a text encoder of kind 'bert'"
 
 
 def config_of_no_network(place):

@@ -721,7 +721,8 @@ def test_check_lists_every_fault(tmp_path, capsys, monkeypatch):
     faults = error.splitlines()
     assert "2 duplicate" in out and "0/bad: " in out and "can be trained on" not in out
     for fault in ("1.tar: a.png is a second picture", "1.tar: a.txt is a second txt",
-                  "2.tar is damaged", "scores.jsonl, line 2 is not", "1 of 3 samples are unreadable"):
+                  "2.tar is damaged", "scores.jsonl, line 2 is not",
+                  "1 of 3 samples are unreadable"):
         assert sum(fault in line for line in faults) == 1, (fault, faults)
     assert len(faults) == 5
 

@@ -241,7 +241,7 @@ def test_guidance_acts_only_inside_its_interval():
     times = [call["t"][0].item() for call in model.calls]
     assert times == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     assert guided == [False, False, True, True, True, True, True, False]
-    assert torch.equal(x_0, torch.full_like(eps, -(3 * 1 + 5 * 5) / 8))   # v̂ = 1 outside, 5 inside
+    assert torch.equal(x_0, torch.full_like(eps, -(3 * 1 + 5 * 5) / 8))  # v̂ = 1 outside, 5 inside
 
 
 @pytest.mark.parametrize("w, interval, times", [(0.0, (0.0, 1.0), 1), (2.0, (0.0, 1.0), 1),

@@ -1,4 +1,4 @@
-"""data.py encode and training on what it writes: with a small T5 and VAE in the layout of the hub."""
+"""data.py encode and training on what it writes: a small T5 and VAE in the layout of the hub."""
 import io
 import json
 import os
@@ -18,9 +18,9 @@ from data import T5, VAE, Latents, Pictures
 
 RELEASE = ROOT / "tests" / "release"
 ENCODERS = ["--vae", RELEASE / "vae", "--text-encoder", RELEASE / "t5"]
-TINY_PAPER = ("--preset paper --size 8 --blocks 1 --layers 1 --latents 4 --latent-dim 32 --data-dim "
-              "32 --steps 6 --batch 4 --val 4 --bins 4 --warmup 2 --save-every 3 --sample-every 6 "
-              "--log-every 3 --rewards contrast,sharpness").split()
+TINY_PAPER = ("--preset paper --size 8 --blocks 1 --layers 1 --latents 4 --latent-dim 32 "
+              "--data-dim 32 --steps 6 --batch 4 --val 4 --bins 4 --warmup 2 --save-every 3 "
+              "--sample-every 6 --log-every 3 --rewards contrast,sharpness").split()
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,8 @@ def test_another_encoder_or_dtype_is_refused(pictures, encoded, trained, tmp_pat
     code, _, err = run("data.py", "encode", pictures, encoded, "--sizes", 64, "--vae",
                        RELEASE / "vae", "--text-encoder", other)
     assert code == 2 and "was begun with text_encoder" in sentences(err)[-1]
-    settings, out = (encoded / "encoded.json").read_text(), shutil.copytree(trained, tmp_path / "run")
+    settings = (encoded / "encoded.json").read_text()
+    out = shutil.copytree(trained, tmp_path / "run")
     changed = json.loads(settings) | {"dtype": "torch.bfloat16"}
     try:
         (encoded / "encoded.json").write_text(json.dumps(changed))
