@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,7 @@ class Level(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """a · silu(b), hidden size 8/3 D rounded up to a multiple of 256: (..., D) → (..., D).
-
-    The backward pass makes the gate anew: keeping it is a quarter of a training step's memory.
-    """
+    """a · silu(b), hidden size 8/3 D rounded up to a multiple of 256: (..., D) → (..., D)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -111,16 +107,9 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(dim, 2 * hidden)
         self.out = nn.Linear(hidden, dim)
 
-    def gate(self, up):
-        """(..., 2 hidden) → (..., D)."""
-        a, b = up.chunk(2, -1)                                                   # (..., hidden) x 2
-        return self.out(a * F.silu(b))                                           # (..., D)
-
     def forward(self, x):
-        up = self.up(x)                                                          # (..., 2 hidden)
-        if torch.is_grad_enabled():
-            return checkpoint(self.gate, up, use_reentrant=False, preserve_rng_state=False)
-        return self.gate(up)
+        a, b = self.up(x).chunk(2, -1)                                           # (..., hidden) x 2
+        return self.out(a * F.silu(b))                                           # (..., D)
 
 
 class MLP(nn.Module):

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ import evaluate
 import flow
 import sample
 from data import MAX_UNREADABLE, T5, VAE, Latents, Pictures, Words, batches, split_words
-from model import PRESETS, Config, RMSNorm, TextRIN
+from model import PRESETS, Compute, Config, Cross, RMSNorm, TextRIN
 from rewards import (REWARDS, check_names, choose_rewards, default_rewards, read_scores,
                      score_all, score_dataset)
 from shapes import TASKS, WORDS, prompts, write_world
@@ -77,6 +78,7 @@ class Args:
     seed: int = 0
     precision: str = "auto"          # fp32, bf16 or fp16; auto: bf16 or fp16 on CUDA, else fp32
     compile: bool = False            # torch.compile
+    recompute: bool = False          # keep matrix products alone for the backward pass: less memory
     workers: int = 0                 # processes that read pictures, per rank
     text_encoder: str | None = None  # latents: where the T5 of the encoded DATA is now
     vae: str | None = None           # latents: where its VAE is now
@@ -104,8 +106,8 @@ STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what 
 # What torch.load raises on damaged files (700 were tried); all of it means "unreadable".
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError,
               TypeError)
-FREE = ("out", "accumulate", "compile", "workers", "log_every", "save_every", "sample_every",
-        "text_encoder", "vae", "dry_run")           # flags that may change when a run is resumed
+FREE = ("out", "accumulate", "compile", "recompute", "workers", "log_every", "save_every",
+        "sample_every", "text_encoder", "vae", "dry_run")    # flags that may change on resuming
 
 
 
@@ -409,6 +411,19 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, size)          # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+def recompute(net: TextRIN) -> None:
+    """Of each layer keep what matrix products and attention give, for the backward pass: it makes
+    norms, gates and sums anew. Half of the memory of activations for a few percent of the time."""
+    aten = torch.ops.aten
+    kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default]
+    for layer in net.modules():
+        if isinstance(layer, (Cross, Compute)):
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
+                context_fn=partial(create_selective_checkpoint_contexts, kept))
+
+
 def make_missing(args: Args, path: str, embedded: bool) -> None:
     """Draw the world, score and bin the data, whatever of it is not there yet.
 
@@ -544,6 +559,8 @@ def build(args: Args, config: dict, device: torch.device, world: int, dtype) -> 
     torch.manual_seed(args.seed)                                        # of the initial weights
     net = TextRIN(Config(**config["network"])).to(device)
     average = copy.deepcopy(net).requires_grad_(False)
+    if args.recompute:
+        recompute(net)
     optimizers = optimizers_for(net, args)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
@@ -733,7 +750,8 @@ def model_to_show(run: Run, encoder, bins: binning.Bins | None, device) -> sampl
 def main(argv=None):
     """The command line: the whole run, in the order in which things happen."""
     args = read_args(argv)
-    keep_freed_memory()
+    if not args.recompute:
+        keep_freed_memory()
     device, rank, world = start_ranks()
     out, dtype = Path(args.out), precision(args.precision, device)
     if args.dry_run:

@@ -4,7 +4,8 @@
     pip install --no-deps miro-t2i==0.1.4 && pip install einops      # then it runs beside ours
 
 Random weights, the same in both codes. Each measurement is a process of its own, alternating, so
-that neither code lives on the other's memory; ours sets what train.py sets (keep_freed_memory).
+that neither code lives on the other's memory; ours sets what train.py sets (keep_freed_memory),
+and "lean" is ours with --recompute, which leaves that to the C library.
 A sampling step is both branches of guidance for `--pictures` pictures; a training step is the pass
 of self-conditioning, for all samples, then forward and backward, and with --whole also clipping,
 LAMB and EMA. Not collected by pytest.
@@ -115,9 +116,12 @@ def measure_training(code: str, B: int, times: int, device, dtype, args) -> tupl
     recipe = train.read_args(["--preset", "paper", "--batch", str(B)])
     i, coin = given(B, device), torch.ones(B, dtype=torch.bool, device=device)
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if code == "ours":
-        train.keep_freed_memory()
+    if code != "theirs":
         net = network(device)
+        if code == "lean":
+            train.recompute(net)
+        else:
+            train.keep_freed_memory()
         model, parameters = torch.compile(net) if args.compile else net, list(net.parameters())
 
         def loss():
@@ -207,11 +211,11 @@ def main():
             raise RuntimeError(done.stderr[-2000:])
         return json.loads(done.stdout.splitlines()[-1].removeprefix("found "))
 
+    codes = dict(sampling=["ours"], training=["ours", "lean"])
     try:
         import miro.models.loss  # noqa: F401
-        codes = ("theirs", "ours")
+        codes = {what: ["theirs", *ours] for what, ours in codes.items()}
     except ImportError:
-        codes = ("ours",)
         print("miro-t2i is not installed: ours alone")
     forward, peak = forward_flops(), one("ours", "peak")[0]
     print(f"{device}, {dtype}: {peak / 1e9:,.0f} GFLOP/s in the fastest matrix product; "
@@ -221,15 +225,15 @@ def main():
         if args.only in (None, what):
             best = {}
             for _ in range(args.rounds):
-                for code in codes:
+                for code in codes[what]:
                     found = one(code, what)
-                    best[code] = min(best.get(code, found), found)
+                    best[code] = list(map(min, best.get(code, found), found))
             for code, (seconds, gigabytes) in best.items():
                 print(f"{what:9} {code:7} {seconds:9.4f} s a step of {B}, {gigabytes:6.2f} GB, "
                       f"{B / seconds:9.2f} pictures/s, {work / seconds / peak:6.1%} of the peak")
-            if len(codes) == 2:
-                time_ratio, memory = (best["ours"][k] / best["theirs"][k] for k in (0, 1))
-                print(f"{what:9} ours / theirs: time {time_ratio:.3f}, memory {memory:.3f}")
+            for code in codes[what][1:] if "theirs" in best else ():
+                time_ratio, memory = (best[code][k] / best["theirs"][k] for k in (0, 1))
+                print(f"{what:9} {code} / theirs: time {time_ratio:.3f}, memory {memory:.3f}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run, sentences
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import binning
 import evaluate
+import flow
 import sample
 import train
 from data import Words
-from model import PRESETS, Config, TextRIN
+from model import PRESETS, Config, RMSNorm, TextRIN
 
 CPU = torch.device("cpu")
 EIGHT = ["--steps", 8, "--save-every", 2, "--log-every", 2]          # as the checkpoint was made
@@ -303,6 +305,21 @@ def test_the_gradient_norm_is_clipped(parts):
     before = weights(run_.net)
     _, norm = train.train_step(run_, args, 0, parts.batch, 1, torch.float32)
     assert norm > 0.1 and (before - weights(run_.net)).norm() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_recompute_gives_the_same_gradients_without_a_further_matrix_product(parts):
+    found = {}
+    for again in (False, True):
+        run_, args = new_run(parts, recompute=again)
+        norms = [m for m in run_.net.modules() if isinstance(m, RMSNorm)]
+        calls = [norm.register_forward_hook(lambda *_: norms.append(None)) for norm in norms]
+        with FlopCounterMode(display=False) as counter:
+            flow.loss(run_.model, *parts.batch)[1].mean().backward()
+        found[again] = ([p.grad for p in run_.net.parameters()], counter.get_total_flops(),
+                        norms.count(None) / len(calls))
+    (plain, flops, once), (same, flops_again, more) = found.values()
+    assert all(torch.equal(a, b) for a, b in zip(plain, same)) and flops == flops_again
+    assert more > 1.3 * once                  # all norms but the first and the last, a second time
 
 
 def test_bf16_gives_nearly_the_same_loss(parts):
