@@ -362,8 +362,7 @@ def main():
             write_folder(folder, size, KEYS)
             write_encoders(folder, size["label_dim"])
             np.save(folder / "uncond_embedding.npy", np.ones((1, size["label_dim"]), np.float32))
-            steps = 50 if name == "small" else 4
-            found = compare_network(folder) | compare_sampler(folder, steps)
+            found = compare_network(folder) | compare_sampler(folder, 50)
             if name == "small":
                 found |= compare_training(folder, torch.float32)
                 with doubled():
