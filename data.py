@@ -3,8 +3,9 @@
 DATA is a folder of tars as img2dataset and webdataset write them (key.png or .jpg ..., key.txt,
 key.json), one tar, a brace range d/{00000..00019}.tar, a glob 'd/*.tar', or a folder of pictures
 with metadata.jsonl ({"file_name": ..., "text": a caption or a list}) or with same-stem .txt files.
-The key ends at the FIRST dot of the base name. Captions: the .txt, then the list "captions" and the
-"synthetic_caption" of key.json, if they are there. Nothing is ever written into DATA by this file.
+The key ends at the FIRST dot of the base name. Captions: the .txt, the list "captions" and the
+"synthetic_caption" of key.json, and the text of the key's line in the folder's captions.tsv, where
+they are. Nothing is ever written into DATA by this file.
 
 A broken sample (no caption, half a PNG) is left out and listed by name; a broken structure (a tar
 cut short, two pictures with one key, a path that leaves the folder) is a ValueError.
@@ -75,11 +76,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def square(data: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """An encoded picture → uint8 (3, size, size), and its own (width, height) in pixels.
+def decode(data: bytes, side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """An encoded picture → its first frame, upright by EXIF, and its own (width, height).
 
-    First frame, upright by EXIF, centre square, then antialiased bicubic; a picture that is
-    already size x size keeps its pixels. Raises one of BROKEN where it cannot be read.
+    A JPEG may be decoded at 1/2, 1/4 or 1/8 where that keeps `side` pixels. Raises one of BROKEN
+    where it cannot be read, or has more than MAX_PIXELS.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -88,8 +89,19 @@ def square(data: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels, and the limit is {MAX_PIXELS:,}")
-    image.draft(None, (3 * size, 3 * size))           # a large JPEG is decoded at 1/2, 1/4 or 1/8
+    if side:
+        image.draft(None, (side, side))
     ImageOps.exif_transpose(image, in_place=True)     # reads the pixels, too
+    return image, (width, height)
+
+
+def square(data: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """An encoded picture → uint8 (3, size, size), and its own (width, height) in pixels.
+
+    Centre square, then antialiased bicubic; a picture that is already size x size keeps its pixels.
+    Raises what `decode` raises.
+    """
+    image, own = decode(data, 3 * size)
     side = min(image.size)
     if image.size != (side, side):
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -97,15 +109,14 @@ def square(data: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     image = to_rgb(image)                             # before resizing: hidden colours do not bleed
     if side != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return np.asarray(image).transpose(2, 0, 1), (width, height)       # (3, size, size)
+    return np.asarray(image).transpose(2, 0, 1), own                   # (3, size, size)
 
 
-def read_picture(file: str, offset: int, length: int, size: int) -> tuple:
-    """`square` of `length` bytes (-1 = all) at `offset` of a file; opened anew, so safe to fork."""
+def read_bytes(file: str, offset: int, length: int) -> bytes:
+    """`length` bytes (-1 = all) at `offset` of a file; opened anew, so safe to fork."""
     with open(file, "rb") as handle:
         handle.seek(offset)
-        data = handle.read(length)
-    return square(data, size)
+        return handle.read(length)
 
 
 # ---- which samples there are: names, headers and captions, no picture ----------------------------
@@ -127,6 +138,7 @@ class Index:
     captions: list[tuple[str, ...]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     places: array = field(default_factory=lambda: array("q"))    # a row: file, offset, length
+    notes: array = field(default_factory=lambda: array("q"))     # the same of a .json with scores
     arrays: dict[int, dict] = field(default_factory=dict)        # row -> {kind of array: place}
     unreadable: dict[str, str] = field(default_factory=dict)     # "shard/key" -> reason
     faults: list[str] = field(default_factory=list)              # broken structure, in sentences
@@ -141,6 +153,8 @@ class Index:
             self.add_duplicate(f"{self.files[place[0]]}: {name} is a second {kind}", key)
         elif kind:
             parts[kind] = read(place) if kind in ("txt", "json") else place
+            if kind == "json":
+                parts["note"] = place
             self.dotted += kind == "picture" and os.path.basename(name).count(".") > 1
 
     def add_duplicate(self, what: str, key: str) -> None:
@@ -163,6 +177,7 @@ class Index:
             self.keys.append(key)
             self.captions.append(captions)
             self.places.extend(parts["picture"])
+            self.notes.extend(parts["note"] if b'_score"' in parts.get("json", b"") else (-1, 0, 0))
         self.shards.append(Shard(name, folder, start, len(self.keys)))
 
 
@@ -217,7 +232,7 @@ def captions_of(parts: dict) -> tuple[str, ...]:
 
 def without_notes(samples: dict) -> dict:
     """Leave out the keys with a .json alone (dataset_info.json): no sample, and no lost one."""
-    return {key: parts for key, parts in samples.items() if parts.keys() != {"json"}}
+    return {key: parts for key, parts in samples.items() if parts.keys() != {"json", "note"}}
 
 
 def scan_tar(index: Index, path: str) -> None:
@@ -315,9 +330,25 @@ def find_tars(path: str) -> list[str]:
     return tars
 
 
-def read_index(path: str) -> Index:
-    """Find the samples of DATA, and its faults, without opening a picture."""
-    index, tars = Index(), find_tars(path)
+def add_captions(index: Index, file: str) -> None:
+    """Second captions from captions.tsv, a line of key, tab and text each: the last of a sample."""
+    rows, counts = {key: row for row, key in enumerate(index.keys)}, Counter(index.keys)
+    for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
+        try:
+            key, tab, text = line.decode().partition("\t")
+        except UnicodeDecodeError:
+            key, tab, text = "", "", ""
+        if not tab or not text.strip() or NOT_TEXT.search(text):
+            index.faults.append(f"{file}, line {number} is not a key, a tab and a caption in UTF-8")
+        elif counts[key] > 1:
+            index.faults.append(f"{file}, line {number}: {counts[key]} samples have key {key!r}")
+        elif key in rows:
+            index.captions[rows[key]] += (text.strip(),)
+
+
+def read_index(path: str, part: tuple = (0, 1)) -> Index:
+    """Find the samples of DATA, or of every n-th tar, and its faults, without opening a picture."""
+    index, tars = Index(), find_tars(path)[part[0]::part[1]]
     for tar in tqdm(tars, "headers", unit="tar", delay=2, leave=False, disable=None):
         scan_tar(index, tar)
     metadata = os.path.join(path, "metadata.jsonl")
@@ -332,6 +363,8 @@ def read_index(path: str) -> Index:
         for start in range(0, len(keys), FOLDER_SHARD):
             part = {key: samples[key] for key in keys[start:start + FOLDER_SHARD]}
             index.add_shard(f"{start // FOLDER_SHARD:05d}", Path(path), part, source)
+    if os.path.isfile(os.path.join(path, "captions.tsv")):
+        add_captions(index, os.path.join(path, "captions.tsv"))
     for name, count in Counter(shard.name for shard in index.shards).items():
         if count > 1:
             index.faults.append(f"{path}: {count} tars are called {name}.tar; rename them")
@@ -349,20 +382,22 @@ class Pictures(torch.utils.data.Dataset):
 
     shards: list of Shard; keys: (N,) list of str; captions: (N,) list of tuples of str;
     unreadable: "shard/key" -> reason, filled as samples fail. If all pictures fit into
-    memory_gb (10^9 bytes), each is decoded once and then kept. Raises ValueError or
+    memory_gb (10^9 bytes), each is decoded once and then kept. part: (k, n), every n-th tar from
+    the k-th on. Raises ValueError or
     FileNotFoundError, in one sentence, for a DATA that cannot be used.
     """
 
-    def __init__(self, path: str, size: int, memory_gb: float = 2.0):
-        index = read_index(str(path))
+    def __init__(self, path: str, size: int, memory_gb: float = 2.0, part: tuple = (0, 1)):
+        index = read_index(str(path), part)
         if index.faults:
             more = f" (and {len(index.faults) - 1} more: see python data.py check {path})"
             raise ValueError(index.faults[0] + more * (len(index.faults) > 1))
-        self.path, self.size = str(path), size
+        self.path, self.size, self.part = str(path), size, part
         self.shards, self.keys, self.captions = index.shards, index.keys, index.captions
         self.files, self.unreadable = index.files, index.unreadable
         self.lost = len(index.unreadable)                          # samples that are no rows
         self.places, self.arrays = np.array(index.places, np.int64).reshape(-1, 3), index.arrays
+        self.notes = np.array(index.notes, np.int64).reshape(-1, 3)
         self.rows = np.arange(len(self.keys))                      # into places, cache and cached
         self.cache, total = None, 3 * size * size * len(self.keys)
         if total <= memory_gb * 1e9:
@@ -382,19 +417,31 @@ class Pictures(torch.utils.data.Dataset):
         """"shard/key" of row i."""
         return f"{self.shard_of(i).name}/{self.keys[i]}"
 
+    def cut(self, i: int, function: Callable):
+        """function(the encoded picture of row i). Raises ValueError, naming file and key: one of
+        BROKEN was raised."""
+        number, offset, length = self.places[self.rows[i]].tolist()
+        file = self.files[number]
+        try:
+            return function(read_bytes(file, offset, length))
+        except BROKEN as error:
+            self.unreadable[self.name(i)] = f"{file}: {error}"
+            raise ValueError(f"{file}: the picture of {self.name(i)} cannot be read ({error}); "
+                             "replace it") from None
+
+    def note(self, i: int) -> dict:
+        """The key.json of row i. ValueError: it has none, or it is no JSON object."""
+        number, offset, length = self.notes[self.rows[i]].tolist()
+        if number < 0:
+            raise ValueError(f"{self.name(i)} has no key.json with scores")
+        return parse_object(read_bytes(self.files[number], offset, length), "the key.json")
+
     def picture(self, i: int) -> torch.Tensor:
         """Row i as uint8 (3, size, size). Raises ValueError, naming file and key: unreadable."""
         row = self.rows[i]
         if self.cache is not None and self.cached[row]:
             return torch.from_numpy(self.cache[row].copy())
-        number, offset, length = self.places[row].tolist()
-        file = self.files[number]
-        try:
-            pixels, _ = read_picture(file, offset, length, self.size)
-        except BROKEN as error:
-            self.unreadable[self.name(i)] = f"{file}: {error}"
-            raise ValueError(f"{file}: the picture of {self.name(i)} cannot be read ({error}); "
-                             "replace it") from None
+        pixels, _ = self.cut(i, lambda data: square(data, self.size))
         if self.cache is not None:
             self.cache[row] = pixels
             self.cached[row] = True                                # only now is it there
@@ -788,9 +835,7 @@ def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae:
             whole = []                                        # (row, its bytes, squares by size)
             for row in range(first, min(first + 16, shard.stop)):
                 number, offset, length = pictures.places[pictures.rows[row]].tolist()
-                with open(pictures.files[number], "rb") as file:
-                    file.seek(offset)
-                    content = file.read(length)
+                content = read_bytes(pictures.files[number], offset, length)
                 try:
                     whole.append((row, content, [square(content, size)[0] for size in sizes]))
                 except BROKEN as error:
@@ -806,7 +851,9 @@ def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae:
                 ending = dict(jpeg="jpg", mpo="jpg", jpeg2000="jp2").get(ending, ending)
                 add(f"{key}.{ending}", content)
                 add(f"{key}.txt", captions[0].encode())
-                add(f"{key}.json", json.dumps({"captions": captions[1:]}).encode())
+                note = pictures.note(row) if pictures.notes[pictures.rows[row], 0] >= 0 else {}
+                given = {name: value for name, value in note.items() if name.endswith("_score")}
+                add(f"{key}.json", json.dumps({"captions": captions[1:]} | given).encode())
                 for size, (mean, std) in zip(sizes, latents):
                     add_array(f"{key}.mean{size}.npy", mean[j])
                     add_array(f"{key}.std{size}.npy", std[j])
@@ -881,7 +928,7 @@ def read_all(index: Index, names: list[str], size: int) -> list[tuple[int, int]]
         number, offset, length = index.places[3 * row:3 * row + 3]
         file = index.files[number]
         try:
-            sizes.append(read_picture(file, offset, length, size)[1])
+            sizes.append(square(read_bytes(file, offset, length), size)[1])
         except BROKEN as error:
             index.unreadable[name] = f"{file}: {error}"
     return sizes

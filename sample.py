@@ -30,7 +30,7 @@ import flow
 from data import T5, VAE, Words, best_device, encoder_of, first_line, pad
 from model import (RELEASE_REWARDS, Config, TextRIN, release_config, release_config_of,
                    release_name)
-from rewards import REWARDS, default_rewards, score_all
+from rewards import ANALYTIC, default_rewards, score_all
 
 
 SAMPLER = dict(guidance=7.0, solver="euler", steps=50, shift=1.0)                # the release's
@@ -324,7 +324,7 @@ def read_sweep(text: str) -> tuple:
 def measurable(model: Model, prompts: list) -> tuple:
     """The rewards that can be measured on pictures of all these prompts."""
     suited = [default_rewards([prompt]) for prompt in set(prompts)]
-    return tuple(name for name in (REWARDS if model.bins is None else model.rewards)
+    return tuple(name for name in (ANALYTIC if model.bins is None else model.rewards)
                  if all(name in names for names in suited))
 
 

@@ -38,8 +38,8 @@ import flow
 import sample
 from data import MAX_UNREADABLE, T5, VAE, Latents, Pictures, Words, batches, split_words
 from model import PRESETS, Compute, Config, Cross, RMSNorm, TextRIN
-from rewards import (REWARDS, check_names, choose_rewards, default_rewards, read_scores,
-                     score_all, score_dataset)
+from rewards import (ANALYTIC, PAPER, check_names, choose_rewards, default_rewards, read_scores,
+                     score_all, score_dataset, scored_names, sidecar)
 from shapes import TASKS, WORDS, prompts, write_world
 
 
@@ -433,13 +433,17 @@ def make_missing(args: Args, path: str, embedded: bool) -> None:
     size = args.size if PRESETS[args.preset]["channels"] == 3 else 8 * args.size
     pictures = Pictures(path, size)
     failed, samples = pictures.unreadable, len(pictures) + pictures.lost
-    if args.rewards != "none":
-        failed = score_dataset(pictures, default_rewards(pictures.captions))
+    first = pictures.shards[0] if len(pictures) else None
+    scored = first is not None and sidecar(first).exists()
+    names = scored_names(pictures) if scored else default_rewards(pictures.captions)
+    own = [name for name in names if name in ANALYTIC]        # networks are left to rewards.py
+    if args.rewards != "none" and own:
+        failed = score_dataset(pictures, own)
     if len(failed) > MAX_UNREADABLE * samples:
         raise ValueError(f"{path}: {len(failed)} of {samples} samples cannot be used (the limit is "
                          f"{MAX_UNREADABLE:.0%}): see python data.py check {path}")
     if args.rewards != "none" and not (pictures.shards[0].folder / "bins.json").exists():
-        binning.bin_dataset(pictures, default_rewards(pictures.captions), args.bins)
+        binning.bin_dataset(pictures, names, args.bins)
 
 
 def prepare_data(args: Args, rank: int):
@@ -460,21 +464,24 @@ def prepare_data(args: Args, rank: int):
     pictures = pictures or Pictures(path, args.size)
     rows, s, bins = list(range(len(pictures))), None, None
     if args.rewards != "none":
-        names = choose_rewards(args.rewards, pictures.captions)
         file = pictures.shards[0].folder / "bins.json"
         bins = binning.load(file)
+        names = (bins.names if args.rewards == "all"
+                 else choose_rewards(args.rewards, pictures.captions))
         if bins.edges.shape[1] + 1 != args.bins:
             raise ValueError(f"{file} has {bins.edges.shape[1] + 1} bins, --bins asks for "
                              f"{args.bins}: pass the same, or remove the file")
         rows, raw = read_scores(pictures, bins.names)
         if bins.source != binning.fingerprint(np.concatenate(raw), bins.names):
             raise ValueError(f"{file} was fitted on other scores than those in {path}: write it "
-                             f"again with python binning.py {path} --size {args.size} "
+                             f"again with python binning.py {path} --size {pictures.size} "
                              f"--bins {args.bins}")
         missing = [name for name in names if name not in bins.names]
         if missing:
-            raise ValueError(f"{file} has no bins of {', '.join(missing)}: write it again with "
-                             f"python binning.py {path} --size {args.size} --bins {args.bins}")
+            raise ValueError(f"{file} has no bins of {', '.join(missing)}: score them with python "
+                             f"rewards.py {path} --size {pictures.size} --rewards "
+                             f"{','.join(missing)}, and write it again with python binning.py "
+                             f"{path} --size {pictures.size} --bins {args.bins}")
         columns = [bins.names.index(name) for name in names]
         s = [bins.to_target(scores)[:, columns] for scores in raw]
         bins = bins.select(names)
@@ -703,7 +710,8 @@ def draw_curves(out: Path) -> None:
 def dry_run(args: Args, device, dtype) -> None:
     """Say what a run would be: the recipe, the network's size and cost. Writes nothing."""
     asked = tuple(name.strip() for name in args.rewards.split(","))
-    names = {"none": (), "all": REWARDS}.get(args.rewards, asked)
+    known = PAPER if args.preset == "paper" else ANALYTIC
+    names = {"none": (), "all": known}.get(args.rewards, asked)
     given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
     config = Config(**PRESETS[args.preset] | given | dict(rewards=names))
     with torch.device("meta"):

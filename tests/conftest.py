@@ -105,8 +105,8 @@ def world(tmp_path_factory) -> Path:
     from data import Pictures
     folder = tmp_path_factory.mktemp("world")
     shapes.write_world(folder, 300, seed=0, size=16)
-    rewards.score_dataset(Pictures(folder, 16), rewards.REWARDS)
-    binning.bin_dataset(Pictures(folder, 16), rewards.REWARDS, 8)
+    rewards.score_dataset(Pictures(folder, 16), rewards.ANALYTIC)
+    binning.bin_dataset(Pictures(folder, 16), rewards.ANALYTIC, 8)
     return folder
 
 

@@ -438,9 +438,9 @@ def test_tars_of_one_name_tars_beside_metadata_and_nothing_are_errors(tmp_path):
 # ---- pictures in memory
 
 def count_reads(monkeypatch) -> list:
-    """The calls of data.read_picture from now on."""
-    calls, read = [], data.read_picture
-    monkeypatch.setattr(data, "read_picture", lambda *place: calls.append(place) or read(*place))
+    """The calls of data.read_bytes from now on."""
+    calls, read = [], data.read_bytes
+    monkeypatch.setattr(data, "read_bytes", lambda *place: calls.append(place) or read(*place))
     return calls
 
 

@@ -76,7 +76,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_the_cost_of_the_paper_preset_can_be_asked_for_without_data(tmp_path):
     done = run(shlex.split("python train.py --preset paper --dry-run"), tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "357,784,209 parameters" in done.stdout and "357.8 M" in README
+    assert "360,411,793 parameters" in done.stdout and "360.4 M" in README
     assert not list(tmp_path.iterdir())
 
 

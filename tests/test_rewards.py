@@ -24,7 +24,8 @@ import binning
 import rewards
 import shapes
 from data import Pictures
-from rewards import REWARDS, default_rewards, read_scores, score, score_all, score_dataset
+from rewards import ANALYTIC as REWARDS
+from rewards import default_rewards, read_scores, score, score_all, score_dataset
 
 S = 24
 
@@ -207,7 +208,7 @@ def test_columns_follow_the_names_that_are_asked_for():
 
 
 def test_an_unknown_reward_is_an_error_that_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="unknown reward 'beauty'; valid: alignment, colorfulness"):
+    with pytest.raises(ValueError, match="unknown reward 'beauty'; valid: alignment, color"):
         score_all(("contrast", "beauty"), noise(1), [""])
 
 
@@ -451,7 +452,7 @@ def run(monkeypatch, script, *arguments) -> None:
     ('"scores"', '"score"', "key '00000000' has neither captions and scores nor an error"),
     ('{"key": "00000003"', '{"key": "00000002"', "key '00000002' is there twice"),
     ('{"key": "00000003"', '"key": "00000003"', "line 5, after key '00000002', is no JSON object"),
-    ('"contrast": "1"', '"beauty": "1"', "unknown reward 'beauty' in the header; valid: align"),
+    ('"contrast": "1"', '"beauty": "1"', "unknown reward 'beauty' in the header; valid: aesth"),
     ('{"format": 1', '{"format": 2', "line 1 is not this shard's header in format 1"),
     ('"shard": "00000"', '"shard": "00001"', "line 1 is not this shard's header"),
 ])
@@ -525,7 +526,8 @@ def test_reading_twenty_thousand_scores_takes_less_than_two_seconds(tmp_path):
     hashed = rewards.hashes(("a circle",))
     shards = [rewards.Shard(f"{i:05d}", tmp_path, 1000 * i, 1000 * i + 1000) for i in range(20)]
     for shard in shards:
-        rewards.write_sidecar(rewards.sidecar(shard), shard.name, REWARDS, S, [
+        versions = {name: rewards.SCORERS[name][1] for name in REWARDS}
+        rewards.write_sidecar(rewards.sidecar(shard), shard.name, versions, S, [
             {"key": f"{row}", "captions": hashed, "scores": {name: [0.1234567] for name in REWARDS}}
             for row in range(shard.start, shard.stop)])
     pictures = Pictures.__new__(Pictures)                            # as if of 20 tars
@@ -552,9 +554,9 @@ def test_more_than_one_percent_of_failures_ends_with_code_2_after_all_is_written
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--rewards", "alignment,beauty"], "unknown reward 'beauty'; valid: alignment"),
+    (["--rewards", "alignment,beauty"], "unknown reward 'beauty'; valid: aesthetic"),
     (["--rewards", "contrast,contrast"], "named twice"),
-    (["--batch", "0"], "--batch must be at least 1"),
+    (["--batch", "0"], "--batch is at least 1"),
 ])
 def test_a_wrong_flag_is_one_sentence(data, monkeypatch, arguments, said):
     with pytest.raises(ValueError, match=said):

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import sample
-from rewards import REWARDS, score_all
+from rewards import ANALYTIC as REWARDS
+from rewards import score_all
 from shapes import TASKS
 
 CPU = torch.device("cpu")
