@@ -255,8 +255,8 @@ def fill(model: nn.Module, tensors: dict, path: Path, theirs: Callable = str) ->
 class PickScore:
     """pick: cos(E_picture, E_prompt) · exp(scale) / 100, which is nearly the cosine.
 
-    Kirstain et al. 2023, trained on choices of users of a generator. CLIP ViT-H/14, 224 px centre
-    crop, the raw prompt, 77 tokens. Typically 0.18 to 0.24. Licence MIT.
+    Kirstain et al. 2023, arXiv 2305.01569, trained on choices of users of a generator. CLIP
+    ViT-H/14, 224 px centre crop, the raw prompt, 77 tokens. Typically 0.18 to 0.24. Licence MIT.
     """
     SOURCES = (("yuvalkirstain/PickScore_v1", ("config.json", "*.safetensors")),
                ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("*token*", "vocab*", "merges*")))
@@ -278,10 +278,12 @@ class PickScore:
                              f"network of {words}; fetch it again")
 
     def see(self, pixels):
+        """uint8 (B, 3, n, n) → (B, D) float32 of length one."""
         seen = self.model.get_image_features(normalised(pixels, self.dtype))
         return F.normalize(seen.pooler_output.float(), dim=-1)                   # (B, D)
 
     def judge(self, seen, prompts):
+        """(B, D) of see, B prompts → (B,) float32."""
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=77,
                                 return_tensors="pt").to(seen.device)             # (B, 77)
         read = self.model.get_text_features(**tokens).pooler_output.float()
@@ -291,7 +293,7 @@ class PickScore:
 class SciScore(PickScore):
     """sci: as pick, with a CLIP ViT-H/14 tuned on the physics that a prompt implies.
 
-    Li et al. 2025 (Science-T2I). Not comparable with pick.
+    Li et al. 2025, arXiv 2504.13129 (Science-T2I). Not comparable with pick.
     """
     SOURCES = (("Jialuo21/SciScore", ("*.json", "*.txt", "*.safetensors")),)
     LICENCE = "see its page"
@@ -347,15 +349,16 @@ class Aesthetic:
     see = PickScore.see                                                          # (B, 768)
 
     def judge(self, seen, prompts):
+        """(B, 768) of see; prompts are not read → (B,) float32."""
         return seen @ self.weight + self.bias                                    # (B,)
 
 
 class HPSv2:
     """hpsv2: cos(E_picture, E_prompt), version 2.1.
 
-    Wu et al. 2023 (Human Preference Score v2). open_clip's ViT-H-14, 224 px centre crop (the
-    authors' package letterboxes), 77 tokens. Typically 0.2 to 0.3; 2.0 and 2.1 do not compare.
-    Licence Apache 2.0.
+    Wu et al. 2023, arXiv 2306.09341 (Human Preference Score v2). open_clip's ViT-H-14, 224 px
+    centre crop (the authors' package letterboxes), 77 tokens. Typically 0.2 to 0.3; 2.0 and 2.1 do
+    not compare. Licence Apache 2.0.
     """
     FILE = "HPS_v2.1_compressed.pt"
     SOURCES = (("xswu/HPSv2", (FILE,)),)
@@ -377,10 +380,12 @@ class HPSv2:
         self.tokenizer, self.dtype = open_clip.get_tokenizer("ViT-H-14"), dtype
 
     def see(self, pixels):
+        """uint8 (B, 3, 224, 224) → (B, D) float32 of length one."""
         seen = self.model.encode_image(normalised(pixels, self.dtype)).float()   # (B, D)
         return F.normalize(seen, dim=-1)
 
     def judge(self, seen, prompts):
+        """(B, D) of see, B prompts → (B,) float32."""
         read = self.model.encode_text(self.tokenizer(prompts).to(seen.device)).float()   # (B, D)
         return (seen * F.normalize(read, dim=-1)).sum(-1)                        # (B,)
 
@@ -476,17 +481,13 @@ JINA_TEXT = {
 
 
 class JinaCLIP:
-    """clip: cosine of jina-clip-v2's embeddings (1024 numbers each) of picture and prompt.
+    """clip: cos(E_picture, E_prompt) of jina-clip-v2, 1024 numbers each. Typically 0.2 to 0.55.
 
-    picture  short side to 512 (bicubic), centre crop, CLIP's mean and std; EVA02-L/14, class token
-    prompt   as it is, no template; XLM-R with rotary positions and the LoRA `retrieval.query`,
-             which the reference never switches off; mean over the real tokens
-    score    <see(picture), text(prompt)> in [-1, 1], no temperature; typically 0.2 to 0.55
-    source   huggingface.co/jinaai/jina-clip-v2 (arXiv 2412.08802), licence CC BY-NC 4.0; of its
-             files we read config.json, model.safetensors and tokenizer.json
-    memory   0.86 B parameters: 1.7 GB in bf16, 3.5 GB in fp32 and while loading
+    Picture: 512 x 512 centre crop, EVA02-L/14, its class token. Prompt: as it is, XLM-R with rotary
+    positions and the LoRA `retrieval.query`, which the reference never switches off, the mean over
+    the tokens. Koukounas et al. 2024, arXiv 2412.08802. Licence CC BY-NC 4.0: not for commerce.
+    0.86 B parameters, 1.7 GB in bf16, 3.5 GB in fp32 and while loading.
     """
-
     SOURCES = (("jinaai/jina-clip-v2", ("config.json", "model.safetensors", "tokenizer.json")),)
     VIEW, DISK, MEMORY, GFLOP, LICENCE = ("crop", 512), 1.7, 1.7, (950, 47), "CC BY-NC 4.0"
     # The repository's config.json leaves the text tower's sizes to jinaai/jina-embeddings-v3.
@@ -516,7 +517,7 @@ class JinaCLIP:
         self.tokenizer.enable_truncation(self.TOKENS)
         self.tokenizer.enable_padding(pad_id=self.TEXT["pad_token_id"], pad_token="<pad>")
 
-    def load(self, path: Path, config: dict):
+    def load(self, path: Path, config: dict) -> None:
         """Fill both towers; the text tower with the adapter of the default task merged in."""
         file, used, lora = read_weights(path), set(), config["hf_model_config_kwargs"]
         tasks, rank = lora["lora_adaptations"], lora["lora_rank"]
@@ -524,9 +525,10 @@ class JinaCLIP:
 
         def take(name: str, *shape: int) -> torch.Tensor:
             if name not in file:
-                raise ValueError(f"{path} has no tensor {name}")
+                raise ValueError(f"{path}: tensor {name} is missing; fetch it again")
             if file[name].shape != shape:
-                raise ValueError(f"{path}: {name} is {tuple(file[name].shape)}, expected {shape}")
+                raise ValueError(f"{path}: tensor {name} has shape {tuple(file[name].shape)}, not "
+                                 f"{shape}; fetch it again")
             used.add(name)
             return file[name].float()
 
@@ -538,7 +540,7 @@ class JinaCLIP:
             b = take(f"{stem}0.lora_{right}", len(tasks), rank, m)[task]   # (rank, m)
             return take(stem + "original", n, m) + scale * (a @ b)         # (n, m)
 
-        take("logit_scale")  # the temperature of the training loss; a cosine needs none
+        take("logit_scale")          # the temperature of the training loss; a cosine needs none
         # Parameters alone change type: in bf16 the rotary tables (buffers) would be too coarse.
         for name, parameter in self.image.named_parameters():
             for ours, theirs in JINA_VISION.items():
@@ -550,7 +552,7 @@ class JinaCLIP:
             thirds = 1 if third is None else 3
             for ours, theirs in JINA_TEXT.items():
                 name = name.replace(ours, theirs)
-            read = adapted if parameter.ndim == 2 else take  # Linear and Embedding have adapters
+            read = adapted if parameter.ndim == 2 else take    # Linear and Embedding have adapters
             value = read("text_model.transformer.roberta." + name,
                          thirds * parameter.shape[0], *parameter.shape[1:])
             parameter.data = value.chunk(thirds)[third or 0].to(self.device, self.dtype)
