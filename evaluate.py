@@ -1,6 +1,7 @@
 """Evaluate a checkpoint on the embedded world, with its exact oracles.
 
     python evaluate.py shapes runs/shapes            # 512 unseen prompts of GenEval's six tasks
+    python evaluate.py flops runs/shapes paper       # what a picture costs; folders or presets
 
 Three questions of the paper, on captions that training never saw (shapes.held_out; their claims it
 did see, with other endings):
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from rewards import default_rewards, score_all
+from model import PRESETS, Config, TextRIN
+from rewards import ANALYTIC, PAPER, default_rewards, score_all
 from shapes import TASKS, prompts
 
 
@@ -104,13 +107,56 @@ def evaluate_folder(model: sample.Model, folder: Path, n: int) -> dict:
     return found
 
 
+def forward_cost(c: Config, tokens: int) -> tuple[int, int, int]:
+    """(parameters without the log-variance, floating-point operations of one forward pass of one
+    picture and branch with that many text tokens, those of them that are not attention's products).
+
+    An operation is a multiplication or an addition; the paper counts the pair as one."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = TextRIN(c)
+        net(torch.empty(1, c.channels, c.size, c.size), torch.ones(1),
+            torch.ones(1, len(c.rewards)), torch.empty(1, tokens, c.text_dim),
+            torch.ones(1, tokens, dtype=torch.bool))
+    counts = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
+    everything = sum(counts.values())
+    products = sum(n for name, n in counts.items() if "bmm" in name or "attention" in name)
+    parameters = sum(p.numel() for name, p in net.named_parameters()
+                     if not name.startswith("log_variance"))
+    return parameters, everything, everything - products
+
+
+def cost_report(name: str, tokens: int) -> str:
+    """What a picture of a checkpoint, or of a preset with all its rewards, costs."""
+    if name in PRESETS and not Path(name).exists():
+        paper = name == "paper"
+        c = Config(**PRESETS[name] | dict(rewards=PAPER if paper else ANALYTIC))
+        steps = sample.SAMPLER["steps"] if paper else 16              # of SAMPLERS in train.py
+    else:
+        model = sample.load(name, torch.device("cpu"))
+        c, steps = model.net.config, model.config["sampler"]["steps"]
+    parameters, everything, linear = forward_cost(c, tokens)
+    rows = [("one forward pass", 1), (f"a picture, {steps} steps, one branch", steps),
+            ("the same, guided", 2 * steps)]
+    lines = [f"{name}: {parameters:,} parameters, {len(c.rewards)} rewards, {tokens} text tokens",
+             f"{'G (10^9) operations':36}{'FLOP':>12}{'MAC':>12}{'MAC, linear layers':>21}"]
+    for label, times in rows:
+        flop, mac, alone = (times * n / 1e9 for n in (everything, everything / 2, linear / 2))
+        lines.append(f"{label:36}{flop:12,.2f}{mac:12,.2f}{alone:21,.2f}")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     """The command line: judge checkpoints one after the other."""
     parser = argparse.ArgumentParser(description="evaluate checkpoints of the embedded world")
-    parser.add_argument("what", choices=("shapes",), help="the benchmark")
+    parser.add_argument("what", choices=("shapes", "flops"), help="the benchmark, or the cost")
     parser.add_argument("checkpoints", nargs="+", help="folders that train.py wrote")
     parser.add_argument("--n", type=int, default=512, help="prompts")
+    parser.add_argument("--tokens", type=int, default=77, help="of text, for flops")
     args = parser.parse_args(argv)
+    if args.what == "flops":
+        if args.tokens < 1:
+            raise ValueError("--tokens must be at least 1")
+        return print("\n\n".join(cost_report(name, args.tokens) for name in args.checkpoints))
     if args.n < len(TASKS):
         raise ValueError(f"--n must be at least {len(TASKS)}, one prompt a task")
     for folder in args.checkpoints:
