@@ -480,6 +480,50 @@ JINA_TEXT = {
 }
 
 
+def fill_jina(image: nn.Module, text: nn.Module, path: Path, config: dict, device, dtype) -> None:
+    """Fill both towers of jina-clip-v2, strictly; the text's with the adapter of the default task
+    merged into its weights. ValueError, naming file and tensor."""
+    file, used, lora = read_weights(path), set(), config["hf_model_config_kwargs"]
+    tasks, rank = lora["lora_adaptations"], lora["lora_rank"]
+    task, scale = tasks.index(config["default_lora_task"]), lora["lora_alpha"] / rank
+
+    def take(name: str, *shape: int) -> torch.Tensor:
+        if name not in file:
+            raise ValueError(f"{path}: tensor {name} is missing; fetch it again")
+        if file[name].shape != shape:
+            raise ValueError(f"{path}: tensor {name} has shape {tuple(file[name].shape)}, not "
+                             f"{shape}; fetch it again")
+        used.add(name)
+        return file[name].float()
+
+    def adapted(name: str, n: int, m: int) -> torch.Tensor:
+        """(n, m) weight of a Linear, W + scale BA, or of an Embedding, W + scale AB."""
+        stem = name.removesuffix("weight") + "parametrizations.weight."
+        left, right = "AB" if ".embeddings." in name else "BA"
+        a = take(f"{stem}0.lora_{left}", len(tasks), n, rank)[task]    # (n, rank)
+        b = take(f"{stem}0.lora_{right}", len(tasks), rank, m)[task]   # (rank, m)
+        return take(stem + "original", n, m) + scale * (a @ b)         # (n, m)
+
+    take("logit_scale")          # the temperature of the training loss; a cosine needs none
+    # Parameters alone change type: in bf16 the rotary tables (buffers) would be too coarse.
+    for name, parameter in image.named_parameters():
+        for ours, theirs in JINA_VISION.items():
+            name = name.replace(ours, theirs)
+        value = take("vision_model." + name, *parameter.shape)
+        parameter.data = value.to(device, dtype)
+    for name, parameter in text.named_parameters():
+        third = {"q_proj": 0, "k_proj": 1, "v_proj": 2}.get(name.split(".")[-2])
+        thirds = 1 if third is None else 3
+        for ours, theirs in JINA_TEXT.items():
+            name = name.replace(ours, theirs)
+        read = adapted if parameter.ndim == 2 else take    # Linear and Embedding have adapters
+        value = read("text_model.transformer.roberta." + name,
+                     thirds * parameter.shape[0], *parameter.shape[1:])
+        parameter.data = value.chunk(thirds)[third or 0].to(device, dtype)
+    if extra := sorted(file.keys() - used):
+        raise ValueError(f"{path} has {len(extra)} unexpected tensor(s), first {extra[0]}")
+
+
 class JinaCLIP:
     """clip: cos(E_picture, E_prompt) of jina-clip-v2, 1024 numbers each. Typically 0.2 to 0.55.
 
@@ -511,53 +555,12 @@ class JinaCLIP:
                 patch_size=v["patch_size"], mlp_ratio=v["mlp_ratio"]).eval()
             self.text = JinaEmbeddingsV3Model(
                 JinaEmbeddingsV3Config(**self.TEXT), add_pooling_layer=False).eval()
-        self.load(folder / "model.safetensors", config["text_config"])
+        fill_jina(self.image, self.text, folder / "model.safetensors", config["text_config"],
+                  device, dtype)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         # The file asks to cut and pad to 77; the reference overrides that as well.
         self.tokenizer.enable_truncation(self.TOKENS)
         self.tokenizer.enable_padding(pad_id=self.TEXT["pad_token_id"], pad_token="<pad>")
-
-    def load(self, path: Path, config: dict) -> None:
-        """Fill both towers; the text tower with the adapter of the default task merged in."""
-        file, used, lora = read_weights(path), set(), config["hf_model_config_kwargs"]
-        tasks, rank = lora["lora_adaptations"], lora["lora_rank"]
-        task, scale = tasks.index(config["default_lora_task"]), lora["lora_alpha"] / rank
-
-        def take(name: str, *shape: int) -> torch.Tensor:
-            if name not in file:
-                raise ValueError(f"{path}: tensor {name} is missing; fetch it again")
-            if file[name].shape != shape:
-                raise ValueError(f"{path}: tensor {name} has shape {tuple(file[name].shape)}, not "
-                                 f"{shape}; fetch it again")
-            used.add(name)
-            return file[name].float()
-
-        def adapted(name: str, n: int, m: int) -> torch.Tensor:
-            """(n, m) weight of a Linear, W + scale BA, or of an Embedding, W + scale AB."""
-            stem = name.removesuffix("weight") + "parametrizations.weight."
-            left, right = "AB" if ".embeddings." in name else "BA"
-            a = take(f"{stem}0.lora_{left}", len(tasks), n, rank)[task]    # (n, rank)
-            b = take(f"{stem}0.lora_{right}", len(tasks), rank, m)[task]   # (rank, m)
-            return take(stem + "original", n, m) + scale * (a @ b)         # (n, m)
-
-        take("logit_scale")          # the temperature of the training loss; a cosine needs none
-        # Parameters alone change type: in bf16 the rotary tables (buffers) would be too coarse.
-        for name, parameter in self.image.named_parameters():
-            for ours, theirs in JINA_VISION.items():
-                name = name.replace(ours, theirs)
-            value = take("vision_model." + name, *parameter.shape)
-            parameter.data = value.to(self.device, self.dtype)
-        for name, parameter in self.text.named_parameters():
-            third = {"q_proj": 0, "k_proj": 1, "v_proj": 2}.get(name.split(".")[-2])
-            thirds = 1 if third is None else 3
-            for ours, theirs in JINA_TEXT.items():
-                name = name.replace(ours, theirs)
-            read = adapted if parameter.ndim == 2 else take    # Linear and Embedding have adapters
-            value = read("text_model.transformer.roberta." + name,
-                         thirds * parameter.shape[0], *parameter.shape[1:])
-            parameter.data = value.chunk(thirds)[third or 0].to(self.device, self.dtype)
-        if extra := sorted(file.keys() - used):
-            raise ValueError(f"{path} has {len(extra)} unexpected tensor(s), first {extra[0]}")
 
     def see(self, pixels):
         """Pictures → (B, D) float32 of length one."""
@@ -583,6 +586,43 @@ def clean(prompt: str) -> str:
     return prompt if rest == prompt else " ".join(rest.split())
 
 
+def load_flan(folder: Path, tower: Path, device, dtype) -> tuple:
+    """CLIP-FlanT5's language model, projector and picture tower, strictly. ValueError, naming file
+    and tensor: the checkpoint is not exactly this network's."""
+    from transformers import (CLIPVisionConfig, CLIPVisionModel, T5Config,
+                              T5ForConditionalGeneration)
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("tie_word_embeddings") is not False:
+        raise ValueError(f"{folder / 'config.json'}: tie_word_embeddings is not false, so this "
+                         f"is no Flan-T5")
+    vision = CLIPVisionConfig.from_pretrained(tower, local_files_only=True)
+    with torch.device("meta"):
+        picture = CLIPVisionModel(vision)
+        model = nn.ModuleDict({
+            "t5": T5ForConditionalGeneration(T5Config.from_dict(config)),
+            "mm_projector": nn.Sequential(nn.Linear(vision.hidden_size, config["d_model"]),
+                                          nn.GELU(),
+                                          nn.Linear(config["d_model"], config["d_model"]))})
+    path, tensors = read_folder(folder, device, dtype)
+    for copy in ("embed_tokens", "encoder.embed_tokens", "decoder.embed_tokens"):
+        table = tensors.pop(f"{copy}.weight", None)
+        if table is not None and not torch.equal(table, tensors.setdefault("shared.weight",
+                                                                           table)):
+            raise ValueError(f"{path}: tensor {copy}.weight is not shared.weight")
+    # Its training froze the tower. Where the checkpoint has a copy, that is the one it uses.
+    own = {key.removeprefix("vision_tower.vision_tower."): tensors.pop(key)
+           for key in list(tensors) if key.startswith("vision_tower.vision_tower.")}
+    fill(model, tensors, path, lambda name: "shared.weight" if "embed_tokens" in name else
+         name.removeprefix("t5."))
+    model["t5"].lm_head.float()                  # in bf16 a logit of 10 has steps of 1/16
+    path, tensors = (path, own) if own else read_folder(tower, device, dtype)
+    unused = ("text_model.", "text_projection.", "visual_projection.", "logit_scale",
+              "vision_model.embeddings.position_ids")
+    fill(picture, {key: x for key, x in tensors.items() if not key.startswith(unused)},
+         path, "vision_model.{}".format)
+    return model["t5"], model["mm_projector"], picture.to(device)
+
+
 class CLIPFlanT5:
     """vqa: does the picture show what the prompt says? VQAScore, 0 to 1.
 
@@ -606,44 +646,13 @@ class CLIPFlanT5:
 
     def __init__(self, folder: Path, tower: Path, tokenizer: Path, device, dtype):
         """ValueError, naming file and tensor: the checkpoint is not exactly this network's."""
-        from transformers import (CLIPVisionConfig, CLIPVisionModel, T5Config,
-                                  T5ForConditionalGeneration, T5Tokenizer)
+        from transformers import T5Tokenizer
         if dtype == torch.float16:
             raise ValueError("T5 overflows in float16; use bfloat16 or float32")
         self.device, self.dtype = device, dtype
         self.tokenizer = T5Tokenizer.from_pretrained(tokenizer, local_files_only=True)
         self.answer = self.tokenizer.convert_tokens_to_ids(self.ANSWER)
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("tie_word_embeddings") is not False:
-            raise ValueError(f"{folder / 'config.json'}: tie_word_embeddings is not false, so this "
-                             f"is no Flan-T5")
-        vision = CLIPVisionConfig.from_pretrained(tower, local_files_only=True)
-        with torch.device("meta"):
-            self.tower = CLIPVisionModel(vision)
-            model = nn.ModuleDict({
-                "t5": T5ForConditionalGeneration(T5Config.from_dict(config)),
-                "mm_projector": nn.Sequential(nn.Linear(vision.hidden_size, config["d_model"]),
-                                              nn.GELU(),
-                                              nn.Linear(config["d_model"], config["d_model"]))})
-        path, tensors = read_folder(folder, device, dtype)
-        for copy in ("embed_tokens", "encoder.embed_tokens", "decoder.embed_tokens"):
-            table = tensors.pop(f"{copy}.weight", None)
-            if table is not None and not torch.equal(table, tensors.setdefault("shared.weight",
-                                                                               table)):
-                raise ValueError(f"{path}: tensor {copy}.weight is not shared.weight")
-        # Its training froze the tower. Where the checkpoint has a copy, that is the one it uses.
-        own = {key.removeprefix("vision_tower.vision_tower."): tensors.pop(key)
-               for key in list(tensors) if key.startswith("vision_tower.vision_tower.")}
-        fill(model, tensors, path, lambda name: "shared.weight" if "embed_tokens" in name else
-             name.removeprefix("t5."))
-        self.t5, self.projector = model["t5"], model["mm_projector"]
-        self.t5.lm_head.float()              # in bf16 a logit of 10 has steps of 1/16
-        path, tensors = (path, own) if own else read_folder(tower, device, dtype)
-        unused = ("text_model.", "text_projection.", "visual_projection.", "logit_scale",
-                  "vision_model.embeddings.position_ids")
-        fill(self.tower, {key: x for key, x in tensors.items() if not key.startswith(unused)},
-             path, "vision_model.{}".format)
-        self.tower.to(device)
+        self.t5, self.projector, self.tower = load_flan(folder, tower, device, dtype)
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, 336, 336), padded and resized → image tokens (B, 576, d_model)."""

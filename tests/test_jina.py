@@ -311,7 +311,7 @@ def test_the_full_size_model_is_the_published_architecture(folder, monkeypatch, 
                           "patch_size": 14, "mlp_ratio": 2.6667},
         "text_config": {}}))
     (tmp_path / "tokenizer.json").symlink_to(folder / "tokenizer.json")
-    monkeypatch.setattr(JinaCLIP, "load", lambda *_: None)
+    monkeypatch.setattr(rewards, "fill_jina", lambda *_: None)
     full = JinaCLIP(tmp_path, torch.device("meta"), torch.bfloat16)
     v, t = full.image, full.text.config
     assert not v.training and not full.text.training
