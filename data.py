@@ -1,4 +1,4 @@
-"""Pictures with captions, from tars or folders, as resumable batches; and a text encoder of words.
+"""Pictures with captions, from tars or folders, as resumable batches; text encoders, and a VAE.
 
 DATA is a folder of tars as img2dataset and webdataset write them (key.png or .jpg ..., key.txt,
 key.json), one tar, a brace range d/{00000..00019}.tar, a glob 'd/*.tar', or a folder of pictures
@@ -182,8 +182,8 @@ class Index:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Path of a file → its key and "picture", "txt", "json", "mean256" and such of key.mean256.npy,
-    or, for all other files, ""."""
+    """Path of a file → its key and "picture", "txt", "json", or "mean256" and such of
+    key.mean256.npy, or, for all other files, ""."""
     name = name.encode("utf-8", "backslashreplace").decode().removeprefix("./")
     folder, slash, base = name.rpartition("/")
     stem, *endings = base.split(".")
@@ -361,8 +361,8 @@ def read_index(path: str, part: tuple = (0, 1)) -> Index:
             source, samples = path, scan_pictures(index, path)
         keys = sorted(samples)
         for start in range(0, len(keys), FOLDER_SHARD):
-            part = {key: samples[key] for key in keys[start:start + FOLDER_SHARD]}
-            index.add_shard(f"{start // FOLDER_SHARD:05d}", Path(path), part, source)
+            piece = {key: samples[key] for key in keys[start:start + FOLDER_SHARD]}
+            index.add_shard(f"{start // FOLDER_SHARD:05d}", Path(path), piece, source)
     if os.path.isfile(os.path.join(path, "captions.tsv")):
         add_captions(index, os.path.join(path, "captions.tsv"))
     for name, count in Counter(shard.name for shard in index.shards).items():
@@ -383,8 +383,8 @@ class Pictures(torch.utils.data.Dataset):
     shards: list of Shard; keys: (N,) list of str; captions: (N,) list of tuples of str;
     unreadable: "shard/key" -> reason, filled as samples fail. If all pictures fit into
     memory_gb (10^9 bytes), each is decoded once and then kept. part: (k, n), every n-th tar from
-    the k-th on. Raises ValueError or
-    FileNotFoundError, in one sentence, for a DATA that cannot be used.
+    the k-th on. Raises ValueError or FileNotFoundError, in one sentence, for a DATA that cannot be
+    used.
     """
 
     def __init__(self, path: str, size: int, memory_gb: float = 2.0, part: tuple = (0, 1)):
@@ -448,7 +448,7 @@ class Pictures(torch.utils.data.Dataset):
         return torch.from_numpy(pixels.copy())
 
     def __getitem__(self, places: tuple[np.ndarray, np.ndarray]) -> dict:
-        """Positions and rows, int64 (b,) each → one batch, as `batches` yields it, and `broken`."""
+        """Positions and rows, int64 (b,) each → a batch, as `batches` yields it, and `broken`."""
         whole, pixels, broken = [], [], {}
         for j, i in enumerate(places[1].tolist()):
             try:
@@ -485,7 +485,7 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def rows_at(positions, n: int, seed: int) -> np.ndarray:
-    """Positions in the endless stream → rows, int64. Epoch e = position // n has its own order."""
+    """Positions in the endless stream → rows, int64. Epoch e = position // n has an own order."""
     positions = np.asarray(positions, np.int64)
     epochs, rows = positions // n, np.empty_like(positions)
     for epoch in np.unique(epochs).tolist():
@@ -771,9 +771,7 @@ class Latents(Pictures):
         """One array of row i, float32. ValueError, naming file and key: it cannot be read."""
         row = int(self.rows[i])
         number, offset, length = self.arrays[row].get(kind, (self.places[row][0], 0, 0))
-        with open(self.files[number], "rb") as file:
-            file.seek(offset)
-            content = file.read(length)
+        content = read_bytes(self.files[number], offset, length)
         try:
             values = np.load(io.BytesIO(content), allow_pickle=False)
             if values.dtype != np.float16 or values.ndim != (2 if kind.startswith("text") else 3):
@@ -834,12 +832,11 @@ def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae:
         for first in range(shard.start, shard.stop, 16):
             whole = []                                        # (row, its bytes, squares by size)
             for row in range(first, min(first + 16, shard.stop)):
-                number, offset, length = pictures.places[pictures.rows[row]].tolist()
-                content = read_bytes(pictures.files[number], offset, length)
                 try:
-                    whole.append((row, content, [square(content, size)[0] for size in sizes]))
-                except BROKEN as error:
-                    pictures.unreadable[pictures.name(row)] = f"{pictures.files[number]}: {error}"
+                    whole.append((row, *pictures.cut(row, lambda content: (
+                        content, [square(content, size)[0] for size in sizes]))))
+                except ValueError:                            # `cut` has noted it in unreadable
+                    continue
             bar.update(min(first + 16, shard.stop) - first)
             if not whole:
                 continue

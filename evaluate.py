@@ -107,9 +107,9 @@ def evaluate_folder(model: sample.Model, folder: Path, n: int) -> dict:
     return found
 
 
-def forward_cost(c: Config, tokens: int) -> tuple[int, int, int]:
-    """(parameters without the log-variance, floating-point operations of one forward pass of one
-    picture and branch with that many text tokens, those of them that are not attention's products).
+def forward_cost(c: Config, tokens: int) -> tuple[TextRIN, int, int]:
+    """(the network without numbers, floating-point operations of one forward pass of one picture
+    and branch with that many text tokens, those of them that are not attention's products).
 
     An operation is a multiplication or an addition; the paper counts the pair as one."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -120,21 +120,21 @@ def forward_cost(c: Config, tokens: int) -> tuple[int, int, int]:
     counts = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
     everything = sum(counts.values())
     products = sum(n for name, n in counts.items() if "bmm" in name or "attention" in name)
-    parameters = sum(p.numel() for name, p in net.named_parameters()
-                     if not name.startswith("log_variance"))
-    return parameters, everything, everything - products
+    return net, everything, everything - products
 
 
 def cost_report(name: str, tokens: int) -> str:
     """What a picture of a checkpoint, or of a preset with all its rewards, costs."""
     if name in PRESETS and not Path(name).exists():
-        paper = name == "paper"
-        c = Config(**PRESETS[name] | dict(rewards=PAPER if paper else ANALYTIC))
-        steps = sample.SAMPLER["steps"] if paper else 16              # of SAMPLERS in train.py
+        rewards = PAPER if name == "paper" else ANALYTIC
+        c = Config(**PRESETS[name] | dict(rewards=rewards))
+        steps = sample.SAMPLERS[name]["steps"]
     else:
         model = sample.load(name, torch.device("cpu"))
         c, steps = model.net.config, model.config["sampler"]["steps"]
-    parameters, everything, linear = forward_cost(c, tokens)
+    net, everything, linear = forward_cost(c, tokens)
+    parameters = sum(p.numel() for name, p in net.named_parameters()
+                     if not name.startswith("log_variance"))             # which belongs to the loss
     rows = [("one forward pass", 1), (f"a picture, {steps} steps, one branch", steps),
             ("the same, guided", 2 * steps)]
     lines = [f"{name}: {parameters:,} parameters, {len(c.rewards)} rewards, {tokens} text tokens",

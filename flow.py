@@ -56,8 +56,8 @@ def guide(v_pos: torch.Tensor, v_neg: torch.Tensor, w: float) -> torch.Tensor:
     """Multi-reward guidance on all channels: v̂ = v⁺ + w (v⁺ - v⁻)  (paper, equation 5).
 
     v⁺ sees s_pos, v⁻ sees s_neg. It tilts the samples towards p(x|c, s_pos) times
-    [p(s_pos|x, c) / p(s_neg|x, c)]^w. w = 0 is off. Where others write v⁻ + ω (v⁺ - v⁻), their ω
-    is w + 1.
+    [p(s_pos|x, c) / p(s_neg|x, c)]^w. w = 0 is off. Where others write v⁻ + ω (v⁺ - v⁻),
+    their ω is w + 1.
     """
     return v_pos + w * (v_pos - v_neg)
 

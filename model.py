@@ -168,7 +168,7 @@ class Attention(nn.Module):
 
 
 class Cross(nn.Module):
-    """Tokens x read from a source, then think: x + attention, x + SwiGLU. (B, N, D) → (B, N, D)."""
+    """Tokens x read from a source, then think: x + attention, x + SwiGLU. (B, N, D) → same."""
 
     def __init__(self, dim: int, source_dim: int, heads: int):
         super().__init__()
@@ -224,6 +224,7 @@ class Block(nn.Module):
         self.write = Cross(c.data_dim, c.latent_dim, c.read_heads)
 
     def forward(self, x, z, time, known, mask):
+        """x (B, N, d), z (B, M, D), time (B, 1, D), known as in `condition` → x, z."""
         now = self.read_condition.offer(time)                                    # (B, H, 1, d) x 2
         known = [torch.cat(pair, 2) for pair in zip(now, known)]             # (B, H, 1 + K, d) x 2
         z = self.read_condition(z, known, mask)                                  # (B, M, D)

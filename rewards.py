@@ -97,7 +97,7 @@ def sharpness(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     """How much of the contrast around them edges cross in one pixel: 0 (flat) to nearly 1.
 
     g = |difference of neighbours| over the range (max - min) of the 9 x 9 around; the score is
-    sum g³ / sum g², the mean of g over edges: how steep they are counts, not how many they are nor
+    sum g³ / sum g², the mean of g over edges: how steep they are counts, not how many they are or
     how strong, so that it repeats neither `contrast` nor the number of things. After maximum local
     variation (Bahrami and Kot 2014). Not in the paper: blurred pictures are its bad ones.
     5 grey levels are added to the range: a flat picture is 0, a stray grey level no sharp edge.
@@ -145,7 +145,7 @@ ANALYTIC = tuple(SCORERS)
 
 
 def score(name: str, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """One reward of pairs: images uint8 (B, 3, H, W), prompts (B) → (B,) float32, in its own units.
+    """One reward of pairs: images uint8 (B, 3, H, W), prompts (B) → (B,) float32, in its units.
 
     Analytic rewards alone. ValueError: another reward, or a prompt that alignment cannot parse.
     """
@@ -164,9 +164,9 @@ def score_all(names: Sequence[str], images: torch.Tensor, prompts: Sequence[str]
 
 
 # ---- the seven rewards of the paper: frozen networks of 0.3 to 11 billion parameters -------------
-# Each is a class. `see`: uint8 pictures (B, 3, n, n) → what it knows of them, (B, D) of length one
-# where nothing else is said; `judge`: that and prompts (B) → (B,) float32 in the model's own units.
-# Towers run in `dtype`; normalisation, dot products and heads in float32. SOURCES: (repository,
+# Each is a class. `see`: uint8 pictures (B, 3, n, n) → what it knows of them, (B, D) of length 1
+# where nothing else is said; `judge`: that and prompts (B) → (B,) float32 in its units. Towers
+# run in `dtype`; normalisation, dot products and heads in float32. SOURCES: (repository,
 # patterns of its files), in the order of __init__'s folders; VIEW: how `views` cuts the picture;
 # DISK: GB to download; MEMORY: GB of weights in bf16; GFLOP: of a picture, of a prompt.
 
@@ -174,7 +174,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def normalised(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 (B, 3, n, n) → zero mean and unit variance a channel, as CLIP and all seven expect."""
+    """uint8 (B, 3, n, n) → zero mean and unit variance a channel, as all seven expect."""
     mean, std = (torch.tensor(a, device=pixels.device).view(3, 1, 1) for a in (MEAN, STD))
     return ((pixels / 255 - mean) / std).to(dtype)                               # (B, 3, n, n)
 
@@ -216,6 +216,8 @@ def read_folder(folder: Path, device, dtype) -> tuple[Path, dict[str, torch.Tens
         path, index, files = folder / name, folder / f"{name}.index.json", [name]
         if index.exists():
             path, files = index, sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if any(Path(file).name != file for file in files):
+                raise ValueError(f"{index} names files of other folders; fetch it again")
         if path.exists():
             tensors = {}
             for file in files:               # cast one by one: never two whole models in memory
@@ -223,7 +225,7 @@ def read_folder(folder: Path, device, dtype) -> tuple[Path, dict[str, torch.Tens
                 tensors |= {key: shard.pop(key).to(device, dtype) for key in list(shard)}
             return path, tensors
     raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin, whole "
-                            f"or with an index")
+                            "or with an index")
 
 
 def fill(model: nn.Module, tensors: dict, path: Path, theirs: Callable = str) -> None:
@@ -412,7 +414,7 @@ class ImageReward:
                   layer_norm_eps=1e-6)       # BLIP's own; transformers' default is 1e-5
     TEXT = dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, num_hidden_layers=12,
                 num_attention_heads=12, intermediate_size=3072, max_position_embeddings=512,
-                hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True)     # is: cross-attention
+                hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True)    # cross-attention
     LENGTH = 35                              # tokens, with [CLS] and [SEP]
     MEAN, STD = 0.16717362830052426, 1.0333394966054072
     NAMES = (("vision.", "blip.visual_encoder."), ("embeddings.class_embedding", "cls_token"),
@@ -488,6 +490,7 @@ def fill_jina(image: nn.Module, text: nn.Module, path: Path, config: dict, devic
     task, scale = tasks.index(config["default_lora_task"]), lora["lora_alpha"] / rank
 
     def take(name: str, *shape: int) -> torch.Tensor:
+        """One tensor of the file, in float32."""
         if name not in file:
             raise ValueError(f"{path}: tensor {name} is missing; fetch it again")
         if file[name].shape != shape:
@@ -718,7 +721,7 @@ def find(name: str, models: str | None) -> tuple[Path, ...]:
             except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
                 raise FileNotFoundError(f"{needed}, which the hub does not give "
                                         f"({first_line(error)}); pass --models") from None
-        missing = [name for name in patterns if "*" not in name and not (folder / name).exists()]
+        missing = [file for file in patterns if "*" not in file and not (folder / file).exists()]
         if missing or not any(any(folder.glob(pattern)) for pattern in patterns):
             raise FileNotFoundError(f"{needed}, and {folder} has no {(missing or patterns)[0]}")
         folders.append(folder)
@@ -874,7 +877,7 @@ def wrong_part(line: dict, names: Sequence[str]) -> str | None:
 def write_sidecar(path: Path, shard: str, rewards: dict, size: int | None, lines: list) -> None:
     """Write the sidecar whole or not at all: after a kill it is the old one or the new one.
 
-    rewards: name → what identifies its scorer; size: of the pictures that analytic rewards saw."""
+    rewards: name → what identifies its scorer; size: of the pictures of analytic rewards."""
     versions = {"torch": str(torch.__version__), "numpy": np.__version__, "pillow": PIL.__version__}
     if not rewards.keys() <= set(ANALYTIC):
         libraries = ("transformers", "open_clip_torch", "timm")
@@ -1037,15 +1040,14 @@ def analytic(names: Sequence[str]) -> Group:
     return Group({name: SCORERS[name][1] for name in names})
 
 
-def groups_of(names: Sequence[str], models: str | None, memory_gb: float,
-              device: torch.device) -> list[Group]:
-    """Rewards in groups whose networks fit into memory_gb: one pass over the pictures for each.
-
-    FileNotFoundError: a network's files are not there. ValueError: one alone needs more."""
-    found = [analytic([name for name in names if name in SCORERS])]
+def groups_of(available: dict[str, tuple], memory_gb: float, device: torch.device) -> list[Group]:
+    """Rewards, with the folders of their files, in groups whose networks fit into memory_gb: one
+    pass over the pictures for each. ValueError: one alone needs more."""
+    found = [analytic([name for name in available if name in SCORERS])]
     room, scale = 0.0, 1 if device.type == "cuda" else 2                        # MEMORY is of bf16
-    for name in sorted((n for n in names if n in NETWORKS), key=lambda n: NETWORKS[n].MEMORY):
-        needs, folders = scale * NETWORKS[name].MEMORY, find(name, models)
+    networks = [name for name in available if name in NETWORKS]
+    for name in sorted(networks, key=lambda name: NETWORKS[name].MEMORY):
+        needs, folders = scale * NETWORKS[name].MEMORY, available[name]
         if needs > memory_gb:
             raise ValueError(f"{name} needs {needs:g} GB: pass --memory-gb {needs:g} or more, or "
                              "leave it out of --rewards")
@@ -1292,7 +1294,8 @@ def score_pair(image: str, prompt: str, groups: list[Group], bins: str | None) -
 
 
 def read_command(argv=None) -> argparse.Namespace:
-    """The flags, checked. ValueError: one is out of its range, or two do not go together."""
+    """The flags, checked; NETWORKS takes the versions that they choose. ValueError: one is out of
+    its range, or two do not go together."""
     parser = argparse.ArgumentParser(description="score every picture with its captions")
     add = parser.add_argument
     add("data", nargs="?", help="folder of tars, tar, brace range, glob or picture folder")
@@ -1322,22 +1325,20 @@ def read_command(argv=None) -> argparse.Namespace:
     return args
 
 
-def available(names: Sequence[str], args: argparse.Namespace) -> tuple[str, ...]:
-    """The rewards whose files are there. FileNotFoundError: one's are not, without --keep-going."""
-    found = []
+def available(names: Sequence[str], models: str | None, keep_going: bool) -> dict[str, tuple]:
+    """The rewards whose files are there: name → their folders, () for the analytic ones.
+    FileNotFoundError: one's are not, and it may not be left out."""
+    found = {}
     for name in names:
         try:
-            if name in NETWORKS and not args.given:
-                find(name, args.models)
+            found[name] = find(name, models) if name in NETWORKS else ()
         except FileNotFoundError as error:
-            if not args.keep_going:
+            if not keep_going:
                 raise FileNotFoundError(f"{error}; --keep-going leaves it out") from None
             print(f"{name} is left out: {error}", file=sys.stderr)
-        else:
-            found.append(name)
     if not found:
         raise FileNotFoundError("no reward is left to score")
-    return tuple(found)
+    return found
 
 
 def main(argv=None) -> None:
@@ -1348,9 +1349,9 @@ def main(argv=None) -> None:
         names = choose_rewards(args.rewards, [args.prompt])
         if args.dry_run:
             return print(cost_table(names, 1, 1))
-        names = available(names, args)
-        return score_pair(args.image, args.prompt,
-                          groups_of(names, args.models, args.memory_gb, device), args.bins)
+        found = available(names, args.models, args.keep_going)
+        return score_pair(args.image, args.prompt, groups_of(found, args.memory_gb, device),
+                          args.bins)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # A rank reads the headers of its own tars alone, unless captions decide what suits all.
     share = args.rewards != "analytic" and len(find_tars(args.data)) >= world
@@ -1364,9 +1365,10 @@ def main(argv=None) -> None:
         return print(cost_table(names, len(pictures), sum(map(len, pictures.captions))))
     if args.given and set(names) & set(ANALYTIC):
         raise ValueError("--given takes the scores of networks: name them, such as --rewards all")
-    names = available(names, args)
-    groups = ([Group(dict.fromkeys(names, GIVEN))] if args.given else
-              groups_of(names, args.models, args.memory_gb, device))
+    groups = [Group(dict.fromkeys(names, GIVEN))]
+    if not args.given:
+        found = available(names, args.models, args.keep_going)
+        names, groups = tuple(found), groups_of(found, args.memory_gb, device)
     batch = args.batch or (256 if set(names) <= set(ANALYTIC) else 32)
     failures = score_dataset(pictures, names, batch, args.retry, rank, world, groups, args.workers)
     if len(failures) > MAX_UNREADABLE * samples * part[1] / world:
@@ -1383,7 +1385,7 @@ if __name__ == "__main__":
     except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         print(f"the GPU's memory is full ({first_line(error)}): pass a smaller --batch or "
               "--memory-gb", file=sys.stderr)
         sys.exit(2)

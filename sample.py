@@ -33,7 +33,10 @@ from model import (RELEASE_REWARDS, Config, TextRIN, release_config, release_con
 from rewards import ANALYTIC, default_rewards, score_all
 
 
-SAMPLER = dict(guidance=7.0, solver="euler", steps=50, shift=1.0)                # the release's
+SAMPLERS = {                                            # config.json carries its preset's
+    "shapes": dict(guidance=0.5, steps=16, solver="ab2", shift=3.0),
+    "paper": dict(guidance=7.0, steps=50, solver="euler", shift=1.0),            # the release's
+}
 
 
 @dataclass
@@ -95,7 +98,7 @@ def read_release(folder: Path, config: dict, weights: dict) -> tuple:
             raise ValueError(f"{file} has no states of width {network.text_dim}: copy it again") \
                 from error
     there = config.get("sampler_defaults", {})
-    sampler = SAMPLER | {here: there[name] for here, name in (
+    sampler = SAMPLERS["paper"] | {here: there[name] for here, name in (
         ("guidance", "guidance_scale"), ("steps", "num_inference_steps")) if name in there}
     text = dict(kind="t5", source=config.get("text_encoder_repo", T5.SOURCE),
                 dim=network.text_dim, length=config.get("max_text_len", 77))

@@ -29,7 +29,6 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import binning
@@ -97,10 +96,6 @@ RECIPES = {
     "paper": dict(steps=500_000, batch=1024, optimizer="lamb", lr=1e-3, matrix_lr=0.0, warmup=5000,
                   weight_decay=0.01, cosine_rate=0.8, ema=0.9999, t_mean=0.0, self_condition=0.9,
                   bins=64),
-}
-SAMPLERS = {                                               # config.json carries its preset's
-    "shapes": dict(guidance=0.5, steps=16, solver="ab2", shift=3.0),
-    "paper": sample.SAMPLER,
 }
 STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what a state-*.pt holds
 # What torch.load raises on damaged files (700 were tried); all of it means "unreadable".
@@ -416,6 +411,7 @@ def recompute(net: TextRIN) -> None:
     norms, gates and sums anew. Half of the memory of activations for a few percent of the time."""
     aten = torch.ops.aten
     kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_efficient_attention.default,
             aten._scaled_dot_product_flash_attention_for_cpu.default]
     for layer in net.modules():
         if isinstance(layer, (Cross, Compute)):
@@ -433,8 +429,7 @@ def make_missing(args: Args, path: str, embedded: bool) -> None:
     size = args.size if PRESETS[args.preset]["channels"] == 3 else 8 * args.size
     pictures = Pictures(path, size)
     failed, samples = pictures.unreadable, len(pictures) + pictures.lost
-    first = pictures.shards[0] if len(pictures) else None
-    scored = first is not None and sidecar(first).exists()
+    scored = len(pictures) and sidecar(pictures.shards[0]).exists()
     names = scored_names(pictures) if scored else default_rewards(pictures.captions)
     own = [name for name in names if name in ANALYTIC]        # networks are left to rewards.py
     if args.rewards != "none" and own:
@@ -444,6 +439,32 @@ def make_missing(args: Args, path: str, embedded: bool) -> None:
                          f"{MAX_UNREADABLE:.0%}): see python data.py check {path}")
     if args.rewards != "none" and not (pictures.shards[0].folder / "bins.json").exists():
         binning.bin_dataset(pictures, names, args.bins)
+
+
+def levels_of(args: Args, pictures: Pictures) -> tuple:
+    """(scored rows, for each its levels s (captions, R), Bins of the rewards asked for).
+
+    ValueError: bins.json has other bins, other rewards, or was fitted on other scores."""
+    path, file = pictures.path, pictures.shards[0].folder / "bins.json"
+    bins = binning.load(file)
+    names = (bins.names if args.rewards == "all"
+             else choose_rewards(args.rewards, pictures.captions))
+    if bins.edges.shape[1] + 1 != args.bins:
+        raise ValueError(f"{file} has {bins.edges.shape[1] + 1} bins, --bins asks for "
+                         f"{args.bins}: pass the same, or remove the file")
+    rows, raw = read_scores(pictures, bins.names)
+    if bins.source != binning.fingerprint(np.concatenate(raw), bins.names):
+        raise ValueError(f"{file} was fitted on other scores than those in {path}: write it "
+                         f"again with python binning.py {path} --size {pictures.size} "
+                         f"--bins {args.bins}")
+    missing = [name for name in names if name not in bins.names]
+    if missing:
+        raise ValueError(f"{file} has no bins of {', '.join(missing)}: score them with python "
+                         f"rewards.py {path} --size {pictures.size} --rewards "
+                         f"{','.join(missing)}, and write it again with python binning.py "
+                         f"{path} --size {pictures.size} --bins {args.bins}")
+    columns = [bins.names.index(name) for name in names]
+    return rows, [bins.to_target(scores)[:, columns] for scores in raw], bins.select(names)
 
 
 def prepare_data(args: Args, rank: int):
@@ -464,27 +485,7 @@ def prepare_data(args: Args, rank: int):
     pictures = pictures or Pictures(path, args.size)
     rows, s, bins = list(range(len(pictures))), None, None
     if args.rewards != "none":
-        file = pictures.shards[0].folder / "bins.json"
-        bins = binning.load(file)
-        names = (bins.names if args.rewards == "all"
-                 else choose_rewards(args.rewards, pictures.captions))
-        if bins.edges.shape[1] + 1 != args.bins:
-            raise ValueError(f"{file} has {bins.edges.shape[1] + 1} bins, --bins asks for "
-                             f"{args.bins}: pass the same, or remove the file")
-        rows, raw = read_scores(pictures, bins.names)
-        if bins.source != binning.fingerprint(np.concatenate(raw), bins.names):
-            raise ValueError(f"{file} was fitted on other scores than those in {path}: write it "
-                             f"again with python binning.py {path} --size {pictures.size} "
-                             f"--bins {args.bins}")
-        missing = [name for name in names if name not in bins.names]
-        if missing:
-            raise ValueError(f"{file} has no bins of {', '.join(missing)}: score them with python "
-                             f"rewards.py {path} --size {pictures.size} --rewards "
-                             f"{','.join(missing)}, and write it again with python binning.py "
-                             f"{path} --size {pictures.size} --bins {args.bins}")
-        columns = [bins.names.index(name) for name in names]
-        s = [bins.to_target(scores)[:, columns] for scores in raw]
-        bins = bins.select(names)
+        rows, s, bins = levels_of(args, pictures)
     # 4 is a stream of its own, as 3 in draws; shapes.py has 0 and 1.
     order = np.random.default_rng([args.seed, 4]).permutation(len(rows))
     if len(rows) < args.val + args.batch:
@@ -551,7 +552,7 @@ def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, en
         encoded=encoded, bins=bins.to_config() if bins else None, score_std=spread,
         prompts=[prompts(task, 1, 0)[0] for task in TASKS] if args.data is None
         else [captions[0] for captions in val.captions[:6]],
-        sampler=SAMPLERS[args.preset] | ({} if bins else dict(guidance=0.0)),    # no s: v⁺ = v⁻
+        sampler=sample.SAMPLERS[args.preset] | ({} if bins else dict(guidance=0.0)),   # no s⁻
         train_samples=len(train), val_samples=len(val),
         args={key: value for key, value in asdict(args).items() if key not in FREE})
 
@@ -714,13 +715,8 @@ def dry_run(args: Args, device, dtype) -> None:
     names = {"none": (), "all": known}.get(args.rewards, asked)
     given = {key: value for key, value in asdict(args).items() if key in PRESETS[args.preset]}
     config = Config(**PRESETS[args.preset] | given | dict(rewards=names))
-    with torch.device("meta"):
-        net = TextRIN(config)
-        x = torch.empty(1, config.channels, config.size, config.size)
-        text, mask = torch.empty(1, 16, config.text_dim), torch.ones(1, 16, dtype=torch.bool)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(x, torch.ones(1), torch.ones(1, len(names)), text, mask)
-    forward, count = counter.get_total_flops(), sum(p.numel() for p in net.parameters())
+    net, forward, _ = evaluate.forward_cost(config, 16)
+    count = sum(p.numel() for p in net.parameters())
     per_image = forward * (3 + args.self_condition)            # forward, twice that backward, again
     for key, value in asdict(args).items():
         print(f"{key:16} {value}")

@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
+import evaluate
 import flow
 import reference
 import sample
@@ -169,13 +169,7 @@ def matrix_peak(device, dtype) -> float:
 def forward_flops() -> float:
     """Floating-point operations of one forward pass of one picture, 77 tokens (of ours in sampling
     4 % less is computed: text and reward tokens once a picture, not counted off here)."""
-    with torch.device("meta"):
-        net = TextRIN(Config(**PRESETS["paper"] | dict(rewards=REWARDS)))
-        inputs = (torch.empty(1, 4, 32, 32), torch.ones(1), torch.ones(1, 7),
-                  torch.empty(1, TOKENS, 2048), torch.ones(1, TOKENS, dtype=torch.bool))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(*inputs)
-    return counter.get_total_flops()
+    return evaluate.forward_cost(Config(**PRESETS["paper"] | dict(rewards=REWARDS)), TOKENS)[1]
 
 
 def main():

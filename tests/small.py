@@ -33,19 +33,14 @@ def write_all(folder: Path) -> None:
 
 
 def shrink() -> None:
-    """The sizes that stand in rewards.py and in no file."""
-    rewards.HPSv2.ARCHITECTURE = dict(
-        embed_dim=24, vision_cfg=dict(image_size=224, patch_size=32, layers=2, width=32,
-                                      head_width=8),
-        text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=4, layers=2))
-    rewards.ImageReward.VISION = rewards.ImageReward.VISION | dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    rewards.ImageReward.TEXT = rewards.ImageReward.TEXT | dict(
-        vocab_size=200, hidden_size=24, encoder_hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=3, intermediate_size=40)
-    rewards.JinaCLIP.TEXT = rewards.JinaCLIP.TEXT | dict(
-        vocab_size=200, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=96)
+    """The sizes that stand in rewards.py and in no file, as the tests of each network have them."""
+    import test_jina
+    import test_networks
+    import test_vqa
+    rewards.HPSv2.ARCHITECTURE = test_networks.ARCHITECTURE
+    rewards.ImageReward.VISION = test_vqa.SmallReward.VISION
+    rewards.ImageReward.TEXT = test_vqa.SmallReward.TEXT
+    rewards.JinaCLIP.TEXT = test_jina.SmallJina.TEXT
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def test_guidance_is_the_formula_of_the_paper():
 def test_guidance_moves_every_channel(channels):
     plain, guided = (sample(Recorder(level), torch.zeros(B, channels, 2, 2), w=w, steps=4,
                             **asked()) for w in (0, 2))
-    assert torch.equal(guided - plain, torch.full_like(plain, -2.0))   # w (v⁺ - v⁻) = 2 everywhere
+    assert torch.equal(guided - plain, torch.full_like(plain, -2.0))      # w (v⁺ - v⁻) = 2
 
 
 def test_a_weight_of_zero_is_off_and_runs_no_negative_branch():

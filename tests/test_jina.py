@@ -88,7 +88,8 @@ def write_model(folder: Path) -> Path:
             "layers": DEPTH, "mlp_ratio": 2.6667, "naive_swiglu": True, "patch_size": 14,
             "post_norm": False, "pt_hw_seq_len": 16, "qkv_bias": True, "rope_embeddings": True,
             "subln": True, "width": D}}))
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127)), "▁a", "▁the", "ü"]
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127)),
+              "▁a", "▁the", "ü"]
     tok = Tokenizer(models.Unigram([(p, -1.0 - 0.1 * len(p)) for p in pieces], unk_id=3))
     tok.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
     tok.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -103,7 +104,8 @@ def write_model(folder: Path) -> Path:
 
 PROMPTS = [
     "", " ", "a", "a cat", "the cat sat on the mat", "<b>bold</b> & <tags>", 'a "quoted" word',
-    "naïve café — übergroß", "海辺の夕日", "🦊 in a 🌲", "a  double   space", "\ttab\nnewline",
+    "naïve café — übergroß", "海辺の夕日", "🦊 in a 🌲",
+    "a  double   space", "\ttab\nnewline",
     "!?.,;:", "A" * 40, "the quick brown fox jumps over the lazy dog, again and again " * 5,
     "9999 monkeys, {1} typewriter\\",
 ]

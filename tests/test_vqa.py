@@ -467,6 +467,14 @@ def test_safetensors_shards_score_the_same(vqa, flan, tower, tmp_path):
                        vqa.judge(vqa.see(pixels), ["a", "dog"]))
 
 
+def test_an_index_does_not_lead_out_of_its_folder(flan, tower, tmp_path):
+    folder = copy(flan, tmp_path, t5_tensors(flan))
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(index.read_text().replace("pytorch_model-00001", "../pytorch_model-00001"))
+    with pytest.raises(ValueError, match="names files of other folders"):
+        CLIPFlanT5(folder, tower, flan, "cpu", torch.float32)
+
+
 def test_the_tower_in_the_checkpoint_comes_first(flan, tower, tmp_path):
     changed = {key: x * 1.1 for key, x in torch.load(tower / "pytorch_model.bin").items()
                if key.startswith("vision_model.") and "position_ids" not in key}
