@@ -83,6 +83,7 @@ class Args:
     vae: str | None = None           # latents: where its VAE is now
     log_every: int = 50
     save_every: int = 250            # steps between checkpoints
+    keep_every: int = 0              # steps between checkpoints that stay, to be compared; 0: none
     sample_every: int = 500          # steps between validation and the grid
     dry_run: bool = False            # say what would be done, and stop
 
@@ -102,7 +103,8 @@ STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what 
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError,
               TypeError)
 FREE = ("out", "accumulate", "compile", "recompute", "workers", "log_every", "save_every",
-        "sample_every", "text_encoder", "vae", "dry_run")    # flags that may change on resuming
+        "keep_every", "sample_every", "text_encoder", "vae",
+        "dry_run")                                           # flags that may change on resuming
 
 
 
@@ -265,18 +267,23 @@ def write_whole(path: Path, write) -> None:
 
 
 def save_checkpoint(out: Path, step: int, run: "Run") -> None:
-    """state-STEP.pt to resume from (the newest two stay), and the pair that sample.py reads:
-    model.safetensors, the averaged weights, with config.json."""
+    """state-STEP.pt to resume from (the newest two stay), and the pair that sample.py reads."""
     state = dict(step=step, config=run.config, net=run.net.state_dict(),
                  average=run.average.state_dict(), scaler=run.scaler.state_dict(),
                  optimizers=[optimizer.state_dict() for optimizer in run.optimizers])
-    weights = {name: w.contiguous().cpu() for name, w in run.average.state_dict().items()}
-    write_whole(out / "model.safetensors", lambda path: save_file(weights, path))
-    write_whole(out / "config.json", lambda path: path.write_text(json.dumps(run.config)))
+    save_pair(out, run)
     # Last: a kill before this line repeats the steps and writes all three again.
     write_whole(out / f"state-{step:08d}.pt", lambda path: torch.save(state, path))
     for old in sorted(out.glob("state-*.pt"))[:-2]:
         old.unlink()
+
+
+def save_pair(folder: Path, run: "Run") -> None:
+    """What sample.py reads: model.safetensors, the averaged weights, with config.json."""
+    folder.mkdir(exist_ok=True)
+    weights = {name: w.contiguous().cpu() for name, w in run.average.state_dict().items()}
+    write_whole(folder / "model.safetensors", lambda path: save_file(weights, path))
+    write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(run.config)))
 
 
 def load_checkpoint(out: Path) -> dict | None:
@@ -354,7 +361,7 @@ def check_args(args: Args) -> None:
     limits |= dict.fromkeys(("reward_dropout", "text_dropout", "self_condition", "ema",
                              "cosine_rate"), (0, 1)) | {"bins": (2, 2 ** 31)}
     limits |= dict.fromkeys(("lr", "matrix_lr", "weight_decay", "clip", "warmup", "seed",
-                             "workers"), (0, 2 ** 100)) | {"t_mean": (-9, 9)}
+                             "workers", "keep_every"), (0, 2 ** 100)) | {"t_mean": (-9, 9)}
     for key, (low, high) in limits.items():
         if not low <= getattr(args, key) <= high:                                # not: NaN, too
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: it is at least "
@@ -734,7 +741,7 @@ def finish(out: Path, shown: sample.Model, train: Pictures, embedded: bool) -> N
     if embedded:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))              # the others are done
         torch.set_num_threads(ranks_here * torch.get_num_threads())
-        evaluate.evaluate_folder(shown, out, n=512)
+        evaluate.evaluate_folder(shown, out)
     print(f"{out} has the checkpoint, log.jsonl, curves.png and grids of pictures; try\n"
           f"python sample.py --checkpoint {out} --prompt \"{shown.config['prompts'][0]}\"")
 
@@ -802,6 +809,8 @@ def main(argv=None):
             grid = sample.progress_grid(shown)
             write_whole(out / f"grid-{done:06d}.png", lambda path: grid.save(path, "png"))
             draw_curves(out)
+        if rank == 0 and args.keep_every and (done % args.keep_every == 0 or done == args.steps):
+            save_pair(out / f"step-{done:06d}", run)
         if rank == 0 and (done % args.save_every == 0 or done == args.steps):
             save_checkpoint(out, done, run)
         began += time.time() - paused                          # img/s counts training alone

@@ -665,7 +665,7 @@ def test_one_command_makes_scores_and_bins_the_world_and_trains_and_evaluates(
         tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = evaluate.evaluate_folder
-    monkeypatch.setattr(evaluate, "evaluate_folder", lambda *given, n: whole(*given, n=12))
+    monkeypatch.setattr(evaluate, "evaluate_folder", lambda *given: whole(*given, n=12))
     code, stdout, stderr = run("train.py", *TINY, "--world", 300, "--steps", 2)
     assert code == 0, stderr
     written = {str(path) for path in map(os.path.relpath, tmp_path.glob("runs/*/*"))}
