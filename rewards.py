@@ -179,18 +179,17 @@ def normalised(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((pixels / 255 - mean) / std).to(dtype)                               # (B, 3, n, n)
 
 
-def pretrained(folder: Path):
-    """transformers' CLIPModel from its folder, in float32, strictly: ValueError, naming the tensor,
-    if one is missing, unknown or of another shape."""
-    from transformers import CLIPModel
+def pretrained(folder: Path, kind: type, more: bool = False):
+    """A model of transformers from its folder, in float32, strictly: ValueError, naming the tensor,
+    if one is missing, of another shape or, without `more`, unknown."""
     try:
-        model, found = CLIPModel.from_pretrained(
+        model, found = kind.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
             local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be loaded ({first_line(error)}); fetch it again") \
             from error
-    wrong = sorted([*found["missing_keys"], *found["unexpected_keys"],
+    wrong = sorted([*found["missing_keys"], *(() if more else found["unexpected_keys"]),
                     *(key for key, *_ in found["mismatched_keys"])])
     if wrong:
         raise ValueError(f"{folder}: {len(wrong)} tensors are missing, unknown or of another "
@@ -265,8 +264,8 @@ class PickScore:
     VIEW, DISK, MEMORY, GFLOP, LICENCE = ("crop", 224), 3.9, 2.0, (335, 47), "MIT"
 
     def __init__(self, folder: Path, tokenizer: Path, device, dtype):
-        from transformers import AutoTokenizer
-        model = pretrained(folder)
+        from transformers import AutoTokenizer, CLIPModel
+        model = pretrained(folder, CLIPModel)
         self.scale = model.logit_scale.exp().item() / 100    # in bfloat16 it would be 1 % too low
         self.model, self.dtype, self.device = model.to(device, dtype), dtype, device
         try:
@@ -329,7 +328,9 @@ class Aesthetic:
     WIDTHS = (768, 1024, 128, 64, 16, 1)
 
     def __init__(self, folder: Path, head: Path, device, dtype):
-        self.model, self.dtype, self.device = pretrained(folder), dtype, device
+        from transformers import CLIPModel
+        self.model = pretrained(folder, CLIPModel)
+        self.dtype, self.device = dtype, device
         activation = self.model.config.vision_config.hidden_act
         if activation != "quick_gelu":
             raise ValueError(f"{folder / 'config.json'}: OpenAI's CLIP has quick_gelu, not "
@@ -704,28 +705,32 @@ HEAD_URL = "https://github.com/{}/raw/main/{}"                    # the one file
 
 
 def find(name: str, models: str | None) -> tuple[Path, ...]:
-    """The folders of a network's files: below `models`, as MODELS/OWNER/NAME, or from the hub.
+    """The folders of a network's files. FileNotFoundError: one is missing."""
+    return tuple(fetch(repository, patterns, models, f"{name} needs", NETWORKS[name].DISK)
+                 for repository, patterns in NETWORKS[name].SOURCES)
 
-    FileNotFoundError says which file of which repository is missing, and how large it is."""
+
+def fetch(repository: str, patterns: Sequence[str], models: str | None, why: str,
+          disk: float) -> Path:
+    """The folder of a repository's files: below `models`, as MODELS/OWNER/NAME, or from the hub.
+
+    FileNotFoundError says which file of which repository is missing, and how many GB it has."""
     import huggingface_hub                       # here: training needs none of this
-    folders = []
-    for repository, patterns in NETWORKS[name].SOURCES:
-        folder = Path(models or torch.hub.get_dir(), repository)
-        needed = f"{name} needs {', '.join(patterns)} of {repository} ({NETWORKS[name].DISK:g} GB)"
-        if not models and repository == Aesthetic.SOURCES[1][0]:
-            fetch_head(folder / Aesthetic.HEAD, repository, needed)
-        elif not models:
-            try:
-                folder = Path(huggingface_hub.snapshot_download(repository,
-                                                                allow_patterns=list(patterns)))
-            except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-                raise FileNotFoundError(f"{needed}, which the hub does not give "
-                                        f"({first_line(error)}); pass --models") from None
-        missing = [file for file in patterns if "*" not in file and not (folder / file).exists()]
-        if missing or not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise FileNotFoundError(f"{needed}, and {folder} has no {(missing or patterns)[0]}")
-        folders.append(folder)
-    return tuple(folders)
+    folder = Path(models or torch.hub.get_dir(), repository)
+    needed = f"{why} {', '.join(patterns)} of {repository} ({disk:g} GB)"
+    if not models and repository == Aesthetic.SOURCES[1][0]:
+        fetch_head(folder / Aesthetic.HEAD, repository, needed)
+    elif not models:
+        try:
+            folder = Path(huggingface_hub.snapshot_download(repository,
+                                                            allow_patterns=list(patterns)))
+        except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+            raise FileNotFoundError(f"{needed}, which the hub does not give "
+                                    f"({first_line(error)}); pass --models") from None
+    missing = [file for file in patterns if "*" not in file and not (folder / file).exists()]
+    if missing or not any(any(folder.glob(pattern)) for pattern in patterns):
+        raise FileNotFoundError(f"{needed}, and {folder} has no {(missing or patterns)[0]}")
+    return folder
 
 
 def fetch_head(file: Path, repository: str, needed: str) -> None:
