@@ -1,73 +1,355 @@
-"""Evaluate a checkpoint on the embedded world, with its exact oracles.
+"""Evaluate: the paper's questions, a command each.
 
-    python evaluate.py shapes runs/shapes            # 512 unseen prompts of GenEval's six tasks
-    python evaluate.py flops runs/shapes paper       # what a picture costs; folders or presets
+    python evaluate.py shapes runs/shapes          # is the caption true in the picture? six tasks
+    python evaluate.py control runs/shapes         # does each target move its own reward?
+    python evaluate.py compare runs/compare/*      # convergence; one reward or all; best of N
+    python evaluate.py rewards CKPT_OR_PICTURES    # mean scores, also of the paper's seven
+    python evaluate.py geneval generate CKPT DIR   # the real GenEval: 553 prompts, 4 pictures each,
+    python evaluate.py geneval score DIR           # judged by Mask2Former and CLIP
+    python evaluate.py flops runs/shapes paper     # what a picture costs; folders or presets
 
-Three questions of the paper, on captions that training never saw (shapes.held_out; their claims it
-did see, with other endings):
-1. quality: how much of the caption is true in the picture when every reward is asked for at 1?
-2. honesty: how much of it at 0? (bad pictures were learned as bad)
-3. control: does raising one target from 0 to 1, the others left at 1, raise that measure?
+`shapes`, `control` and `compare` measure the embedded world with exact oracles, on captions that
+training never saw (shapes.held_out; their claims it did see, with other endings). `shapes` judges
+as GenEval does (Ghosh et al. 2023, arXiv 2310.11513), and is not GenEval: its things are shapes.
+Every command may be stopped, and goes on where it was when it is given again.
 """
 import argparse
+import hashlib
 import json
+import shutil
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import rewards
 import sample
+import shapes
+from data import BROKEN, T5, Pictures, decode, first_line, to_rgb
 from model import PRESETS, Config, TextRIN
-from rewards import ANALYTIC, PAPER, default_rewards, score_all
-from shapes import TASKS, prompts
+from rewards import ANALYTIC, PAPER, score_all
+from shapes import TASKS
 
 
-def levels(model: sample.Model, n: int, request: str) -> torch.Tensor:
-    """"all=0" or "contrast=0" (the others at 1) → (n, R), as sample.py reads targets."""
-    row = sample.read_targets([request], model.rewards, 1.0, "request")
-    return torch.tensor([row] * n).view(n, len(row))
+# ---- GenEval's rules -----------------------------------------------------------------------------
+
+@dataclass
+class Found:
+    """An object that a detector found. box: left, top, right, bottom, in pixels."""
+    box: tuple
+    score: float = 1.0
+    color: str | None = None               # where the detector tells it
+    mask: np.ndarray | None = None         # (H, W) bool
 
 
-def evaluate_shapes(model: sample.Model, n: int = 512, alone: int = 128, seed: int = 0) -> dict:
-    """Native scores of pictures of unseen prompts, the six tasks in turn, image i from noise i.
+def relations(a: Found, b: Found) -> set[str]:
+    """Where a lies, seen from b: the offset of their centres, less a tenth of the summed sizes,
+    over its length before that; a side holds above 0.5."""
+    (center_a, size_a), (center_b, size_b) = (
+        (box.mean(0), box[1] - box[0]) for box in (np.reshape(x.box, (2, 2)) for x in (a, b)))
+    offset = center_a - center_b
+    clear = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * (size_a + size_b), 0)
+    if (np.abs(clear) < 1e-3).all():
+        return set()
+    x, y = clear / np.linalg.norm(offset)
+    sides = {"left of": -x, "right of": x, "above": -y, "below": y}
+    return {name for name, part in sides.items() if part > 0.5}
 
-    n prompts at all=1 and at all=0, the first `alone` of them with each single target at 0; at the
-    checkpoint's own guidance, steps and solver, away from all=0. Returns {request: {reward: mean,
-    "n": count}}, "all=1, first" for the same prompts as the single targets, and under "tasks" the
-    mean alignment of each task at all=1.
-    """
-    alone = min(alone, n)
-    texts = [prompts(task, -(-n // len(TASKS)), seed) for task in TASKS]
-    texts = [text for six in zip(*texts) for text in six][:n]
-    names = default_rewards([(text,) for text in texts])
-    requests = {"all=1": n}
-    if model.rewards:
-        requests |= {"all=0": n} | {f"{name}=0": alone for name in model.rewards}
-    found, batch, steps = {}, 64, model.config["sampler"]["steps"]
-    rounds = sum(-(-count // batch) for count in requests.values())
-    with tqdm(total=rounds * steps, desc="evaluating", unit="step", leave=False) as bar:
-        for request, count in requests.items():
-            s_pos = levels(model, count, request)
-            w = 0.0 if request == "all=0" else None       # there s⁺ = s⁻: guidance does nothing
-            pictures = sample.generate(model, texts[:count], s_pos, torch.zeros_like(s_pos),
-                                       list(range(count)), w, batch=batch, progress=bar.update)
-            scores = score_all(names, pictures, texts[:count])                   # (count, R)
-            found[request] = dict(zip(names, scores.mean(0).tolist()))
-            found[request]["n"] = count
-            if request == "all=1":
-                found["all=1, first"] = dict(zip(names, scores[:alone].mean(0).tolist()))
-                truths = scores[:, names.index("alignment")]
-                found["tasks"] = {task: float(truths[k::len(TASKS)].mean())
-                                  for k, task in enumerate(TASKS)}
+
+def keep(found: Iterable[tuple[str, Found]], tag: str) -> dict[str, list[Found]]:
+    """{class: its objects, the surest first}: scores above 0.3 (counting: 0.9), 16 of a class."""
+    least, objects = 0.9 if tag == "counting" else 0.3, {}
+    for name, thing in sorted(found, key=lambda pair: -pair[1].score):
+        if thing.score > least and len(objects.get(name, ())) < 16:
+            objects.setdefault(name, []).append(thing)
+    return objects
+
+
+def judge(wanted: dict, objects: dict[str, list[Found]],
+          colors_of: Callable[[list[Found], str], list[str]]) -> tuple[bool, str]:
+    """GenEval's verdict on a picture: (correct, what is wrong, a line each).
+
+    wanted: "include": all must be there, the first `count` of a class with its colour and position
+    (a side of the group of that number); "exclude": none may reach its count. objects: of `keep`.
+    colors_of: objects, class → their colours."""
+    reasons, groups = [], []
+    for want in wanted.get("include", ()):
+        name, count, wrong = want["class"], want["count"], None
+        group = objects.get(name, [])[:count]
+        if len(group) < count:
+            wrong = f"expected {name}>={count}, found {len(group)}"
+        elif "color" in want:
+            colors = colors_of(group, name)
+            if colors.count(want["color"]) < count:
+                wrong = f"expected {want['color']} {name}>={count}, found {' and '.join(colors)}"
+        if wrong is None and "position" in want:
+            side, number = want["position"]
+            target = groups[number]
+            if target is None:
+                wrong = f"no target for {name} to be {side}"
+            elif any(side not in relations(a, b) for a in group for b in target):
+                wrong = f"expected {name} {side} target, found it elsewhere"
+        groups.append(None if wrong else group)
+        reasons += [wrong] * (wrong is not None)
+    for no in wanted.get("exclude", ()):
+        count = len(objects.get(no["class"], ()))
+        if count >= no["count"]:
+            reasons.append(f"expected {no['class']}<{no['count']}, found {count}")
+    return not reasons, "\n".join(reasons)
+
+
+def result(file: str, wanted: dict, objects: dict, colors_of: Callable) -> dict:
+    """A line of results.jsonl, with GenEval's keys."""
+    correct, reason = judge(wanted, objects, colors_of)
+    boxes = {name: [[*map(float, thing.box), thing.score] for thing in group]
+             for name, group in objects.items()}
+    return dict(filename=file, tag=wanted["tag"], prompt=wanted["prompt"], correct=correct,
+                reason=reason, metadata=json.dumps(wanted), details=json.dumps(boxes))
+
+
+def accuracies(results: Sequence[dict]) -> dict[str, float]:
+    """The share of correct pictures by task, and "overall", the mean of the tasks."""
+    by_task = {}
+    for line in results:
+        by_task.setdefault(line["tag"], []).append(line["correct"])
+    found = {task: float(np.mean(by_task[task])) for task in sorted(by_task, key=place_of)}
+    return found | {"overall": float(np.mean(list(found.values())))}
+
+
+def place_of(task: str) -> int:
+    """The place of a task in GenEval's order; others come last."""
+    return TASKS.index(task) if task in TASKS else len(TASKS)
+
+
+def summary(results: Sequence[dict], title: str) -> str:
+    """GenEval's summary."""
+    by_prompt = {}
+    for line in results:
+        by_prompt.setdefault(Path(line["filename"]).parts[0], []).append(line["correct"])
+    found = accuracies(results)
+    lines = [f"{title}\n{len(results)} images of {len(by_prompt)} prompts; correct: "
+             f"{np.mean([line['correct'] for line in results]):.2%} of the images, "
+             f"{np.mean([any(all_) for all_ in by_prompt.values()]):.2%} of the prompts"]
+    for task in list(found)[:-1]:
+        mine = [line["correct"] for line in results if line["tag"] == task]
+        lines.append(f"{task:14} = {found[task]:7.2%} ({sum(mine)} / {len(mine)})")
+    return "\n".join([*lines, f"overall score (mean of the tasks): {found['overall']:.5f}"])
+
+
+# ---- GenEval's layout: NNNNN/metadata.jsonl, NNNNN/samples/0000.png, results.jsonl ---------------
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shapes.replace(path, text.encode())
+
+
+def read_json(file: Path) -> dict:
+    """A file of this script. ValueError: it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it") from error
+
+
+def write_prompts(out: Path, wanted: Sequence[dict], samples: int) -> None:
+    """NNNNN/metadata.jsonl for each prompt, and metadata.jsonl, with which data.py reads all."""
+    for number, want in enumerate(wanted):
+        write_file(out / f"{number:05d}" / "metadata.jsonl", json.dumps(want))
+        (out / f"{number:05d}" / "samples").mkdir(exist_ok=True)
+    lines = [json.dumps({"file_name": f"{number:05d}/samples/{i:04d}.png", "text": want["prompt"]})
+             for number, want in enumerate(wanted) for i in range(samples)]
+    write_file(out / "metadata.jsonl", "\n".join(lines) + "\n")
+
+
+def read_layout(folder: Path) -> list[tuple[dict, list[Path]]]:
+    """Every prompt of a layout and its pictures, in order. ValueError names what is missing."""
+    found = []
+    for place in sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()):
+        try:
+            wanted = json.loads((place / "metadata.jsonl").read_text())
+            whole = all(isinstance(wanted[key], str) for key in ("tag", "prompt"))
+            for kind in ("include", "exclude"):
+                for number, part in enumerate(wanted.get(kind, ())):
+                    side, target = part.get("position", ("above", -1))
+                    whole &= (isinstance(part["class"], str) and type(part["count"]) is int
+                              and side in shapes.RELATIONS and type(target) is int
+                              and target < number)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{place}/metadata.jsonl is not one line of GenEval's metadata "
+                             f"({type(error).__name__}: {error}): copy it again") from error
+        if not whole:
+            raise ValueError(f"{place}/metadata.jsonl is not GenEval's metadata: copy it again")
+        found.append((wanted, sorted((place / "samples").glob("[0-9]*.png"))))
+    if not any(pictures for _, pictures in found):
+        raise ValueError(f"{folder} has no NNNNN/samples/0000.png: make pictures with python "
+                         f"evaluate.py geneval generate CKPT {folder}")
     return found
 
 
+def asked_of(args) -> dict:
+    """The flags that decide what generated pictures look like."""
+    return dict(targets=args.targets, negative_prompt=args.negative_prompt, seed=args.seed,
+                guidance=args.guidance, steps=args.steps)
+
+
+def levels(model: sample.Model, n: int, *targets: str) -> torch.Tensor:
+    """"all=0" or "contrast=0" (the others at 1) → (n, R), as sample.py reads targets."""
+    row = sample.read_targets(targets, model.rewards, 1.0, "--targets")
+    return torch.tensor([row] * n).view(n, len(row))
+
+
+def digest(model: sample.Model) -> str:
+    """16 hex digits of the weights."""
+    found = hashlib.sha256()
+    for tensor in model.net.state_dict().values():
+        found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def generate_folder(model: sample.Model, wanted: Sequence[dict], out: Path, samples: int,
+                    asked: dict, batch: int) -> None:
+    """Pictures of prompts, `samples` each, in GenEval's layout; those that are there are kept.
+
+    Picture i of prompt k comes from noise seed + k samples + i: batch and interruptions change no
+    more than rounding. ValueError: `out` has pictures of other prompts, weights or flags."""
+    settings = dict(weights=digest(model), samples=samples, **asked, prompts=hashlib.sha256(
+        json.dumps(wanted).encode()).hexdigest()[:16])
+    s = levels(model, 1, *asked["targets"])                                      # (1, R)
+    file = out / "settings.json"
+    read = model.encoder.states if isinstance(model.encoder, T5) else model.encoder.encode
+    model.encoder.device = model.device
+    read([want["prompt"] for want in wanted])           # all, at once: a T5 is not loaded twice
+    if file.exists() and (there := read_json(file)) != settings:
+        key = next(key for key in settings if there.get(key) != settings[key])
+        raise ValueError(f"{out} has pictures of other {key} ({there.get(key)}, now "
+                         f"{settings[key]}): name another folder, or remove it")
+    write_prompts(out, wanted, samples)
+    write_file(file, json.dumps(settings))
+    jobs = [(number, i) for number in range(len(wanted)) for i in range(samples)
+            if not (out / f"{number:05d}" / "samples" / f"{i:04d}.png").exists()]
+    for first in tqdm(range(0, len(jobs), batch), desc="generating", unit="batch"):
+        part = jobs[first:first + batch]
+        s_pos = s.expand(len(part), -1)                                          # (B, R)
+        pictures = sample.generate(
+            model, [wanted[number]["prompt"] for number, _ in part], s_pos,
+            torch.zeros_like(s_pos), [asked["seed"] + number * samples + i for number, i in part],
+            asked["guidance"], asked["steps"], negative_prompt=asked["negative_prompt"],
+            batch=batch)
+        for (number, i), picture in zip(part, pictures):
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            sample.write_png(image, out / f"{number:05d}" / "samples" / f"{i:04d}.png", settings)
+
+
+# ---- shapes: the embedded world, judged by GenEval's rules and an exact detector -----------------
+
+def metadata_of(task: str, caption: str) -> dict:
+    """What must be in a picture of a caption, as GenEval writes it down, and that nothing else is:
+    GenEval excludes more than was asked for in counting alone, but captions of this world name all
+    that is there, and a picture full of confetti has one of everything."""
+    claims = shapes.parse(caption)
+    include = [{"class": group.shape, "count": group.count}
+               | ({"color": group.color} if group.color else {}) for group in claims.groups]
+    if claims.relation:                          # GenEval names what the other is seen from first
+        include = [include[1], include[0] | {"position": [claims.relation, 0]}]
+    asked = {name: sum(group.count for group in claims.groups if group.shape == name)
+             for name in shapes.SHAPES}
+    exclude = [{"class": name, "count": count + 1} for name, count in asked.items()]
+    return dict(tag=task, include=include, exclude=exclude, prompt=caption)
+
+
+def benchmark(n: int, seed: int = 0) -> list[dict]:
+    """n prompts that training never saw, the six tasks in turn, and what must be in a picture."""
+    texts = [shapes.prompts(task, -(-n // len(TASKS)), seed) for task in TASKS]
+    return [metadata_of(task, text) for six in zip(*texts) for task, text in zip(TASKS, six)][:n]
+
+
+def objects_of(things: Sequence[shapes.Thing], size: int) -> dict[str, list[Found]]:
+    """Things of the embedded world as GenEval's rules take them: boxes in pixels."""
+    found = []
+    for thing in things:
+        side, up, down = (thing.r * reach for reach in shapes.REACH[thing.shape])
+        box = (thing.x - side, thing.y - up, thing.x + side, thing.y + down)
+        found.append((thing.shape, Found(tuple(size * part for part in box), color=thing.color)))
+    return keep(found, "shapes")
+
+
+def verdicts(pictures: torch.Tensor, wanted: Sequence[dict]) -> list[dict]:
+    """Pictures uint8 (B, 3, S, S), what must be in them → lines of results.jsonl."""
+    seen, size = shapes.detect(pictures), pictures.shape[-1]
+    return [result(f"{number:05d}/samples/0000.png", want, objects_of(things, size),
+                   lambda group, _: [thing.color for thing in group])
+            for number, (things, want) in enumerate(zip(seen, wanted))]
+
+
+def detector_accuracy(n: int, size: int, seed: int = 0) -> dict[str, float]:
+    """How often the detector's verdict on a clean drawing is that on the things drawn: n drawings
+    with a true caption and with one that lies."""
+    found = {"true": [], "lies": []}
+    for number in range(n):
+        task, rng = TASKS[number % len(TASKS)], np.random.default_rng([seed, 6, number])
+        things, claims = shapes.compose(task, rng)
+        scene = shapes.Scene(things, rng.uniform(0.3, 0.7), rng.uniform(0.4, 1))
+        picture = torch.from_numpy(shapes.draw(scene, size, rng)).permute(2, 0, 1)[None]
+        for kind, said in (("true", claims), ("lies", shapes.lie(claims, rng)[1])):
+            want = metadata_of(task, shapes.write(said))
+            truth = judge(want, objects_of(things, size), lambda group, _: [t.color for t in group])
+            found[kind].append(verdicts(picture, [want])[0]["correct"] == truth[0])
+    return {kind: float(np.mean(same)) for kind, same in found.items()}
+
+
+def measure(model: sample.Model, wanted: Sequence[dict], seeds: Sequence[int],
+            targets: Sequence[str] = ("all=1",), guidance: float | None = None,
+            steps: int | None = None, progress: Callable | None = None) -> tuple:
+    """Pictures of prompts at some targets, noise by seed → (uint8 (B, 3, S, S), scores (B, R) of
+    ANALYTIC in native units, verdicts (B)). None: the checkpoint's own guidance and steps."""
+    texts = [want["prompt"] for want in wanted]
+    s_pos = levels(model, len(texts), *targets)                                  # (B, R)
+    pictures = sample.generate(model, texts, s_pos, torch.zeros_like(s_pos), list(seeds), guidance,
+                               steps, progress=progress)
+    return pictures, score_all(ANALYTIC, pictures, texts), verdicts(pictures, wanted)
+
+
+def evaluate_shapes(model: sample.Model, n: int = 600, alone: int = 120, seed: int = 0,
+                    guidance: float | None = None, steps: int | None = None) -> tuple:
+    """Scores of pictures of unseen prompts, image i from noise i: (means, verdicts, pictures).
+
+    n prompts at all=1 and the first `alone` of them at all=0 and with each single target at 0.
+    means: {request: {reward: mean in native units, "n": count}}, with "all=1, first" for the same
+    prompts as the others; "tasks", the mean alignment by task, and "accuracy", the share of correct
+    pictures, both at all=1. verdicts and pictures: of all=1.
+    """
+    wanted, requests = benchmark(n, seed), {"all=1": n}
+    if model.rewards:
+        requests |= {f"{name}=0": min(alone, n) for name in ("all", *model.rewards)}
+    found, rounds = {}, sum(-(-count // 64) for count in requests.values())
+    total = rounds * (steps or model.config["sampler"]["steps"])
+    with tqdm(total=total, desc="evaluating", unit="step", leave=False) as bar:
+        for request, count in requests.items():
+            w = 0.0 if request == "all=0" else guidance       # there s⁺ = s⁻: it does nothing
+            pictures, scores, lines = measure(model, wanted[:count], range(count), [request], w,
+                                              steps, bar.update)
+            found[request] = dict(zip(ANALYTIC, scores.mean(0).tolist())) | {"n": count}
+            if request == "all=1":
+                found["all=1, first"] = dict(zip(ANALYTIC, scores[:alone].mean(0).tolist()))
+                truths = scores[:, ANALYTIC.index("alignment")]
+                found["tasks"] = {task: float(truths[k::len(TASKS)].mean())
+                                  for k, task in enumerate(TASKS)}
+                found["accuracy"], best = accuracies(lines), (lines, pictures)
+    return found, *best
+
+
 def report(model: sample.Model, found: dict) -> str:
-    """The three answers as a table: means in native units, the last column in std of the data; the
-    columns alone=0 and alone=1 are of the first prompts."""
+    """Three answers as a table: means in native units, the last column in std of the data; all
+    columns but all=1 are of the first prompts."""
     lines = [f"{'reward':14}{'all=0':>9}{'all=1':>9}{'alone=0':>9}{'alone=1':>9}{'gain/std':>10}"]
     for name, top in found["all=1, first"].items():
         low, bottom = (found.get(request, {}).get(name, float("nan"))
@@ -75,8 +357,11 @@ def report(model: sample.Model, found: dict) -> str:
         std = model.config["score_std"].get(name) or float("nan")        # 0: a constant
         lines.append(f"{name:14}{low:9.3f}{found['all=1'][name]:9.3f}{bottom:9.3f}{top:9.3f}"
                      f"{(top - bottom) / std:10.2f}")
-    tasks = ", ".join(f"{task} {value:.2f}" for task, value in found["tasks"].items())
-    return "\n".join([*lines, f"alignment by task at all=1: {tasks}"])
+    for key, words in (("tasks", "alignment by task at all=1"),
+                       ("accuracy", "correct pictures by task")):
+        lines.append(f"{words}: "
+                     + ", ".join(f"{task} {value:.2f}" for task, value in found[key].items()))
+    return "\n".join(lines)
 
 
 def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int = 6):
@@ -94,18 +379,536 @@ def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int
     return sample.grid(rows, [f"target {v:.1f}" for v in values], list(names))
 
 
-def evaluate_folder(model: sample.Model, folder: Path, n: int) -> dict:
-    """Evaluate, print the table, and write evaluation.json and control.png into the folder."""
-    found = evaluate_shapes(model, n)
+def settings_of(model: sample.Model, n: int, seed: int = 0, guidance: float | None = None,
+                steps: int | None = None) -> dict:
+    """What decides the numbers of evaluate_shapes."""
+    return dict(weights=digest(model), n=n, seed=seed, guidance=guidance, steps=steps)
+
+
+def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, **asked) -> dict:
+    """Evaluate, print the table, and write evaluation.json, control.png and the pictures with their
+    verdicts into the folder. asked: seed, guidance, steps, as evaluate_shapes has them."""
+    found, lines, pictures = evaluate_shapes(model, n, **asked)
     print(report(model, found))
     if model.rewards:
-        figure = control_figure(model, prompts("colors", 1, 0)[0])
+        figure = control_figure(model, shapes.prompts("colors", 1, 0)[0])
         sample.write_png(figure, folder / "control.png", found)
-    temporary = folder / ".evaluation.json.tmp"              # the file is whole or not there
-    temporary.write_text(json.dumps(found, indent=1))
-    temporary.replace(folder / "evaluation.json")
+    write_benchmark(folder, lines, pictures)
+    found = dict(settings=settings_of(model, n, **asked), **found)
+    write_file(folder / "evaluation.json", json.dumps(found, indent=1))
     return found
 
+
+def write_benchmark(folder: Path, lines: Sequence[dict], pictures: torch.Tensor) -> None:
+    """shapes-benchmark/ in GenEval's layout: the pictures (B, 3, S, S) and their verdicts."""
+    out = folder / "shapes-benchmark"
+    shutil.rmtree(out, ignore_errors=True)                            # those of older weights
+    write_prompts(out, [json.loads(line["metadata"]) for line in lines], 1)
+    for line, picture in zip(lines, pictures):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / line["filename"])
+    write_file(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def judge_shapes(model: sample.Model, folder: Path, args) -> None:
+    """The command: the table at the usual targets, or the means at others, and the benchmark."""
+    asked = dict(seed=args.seed, guidance=args.guidance, steps=args.steps)
+    if args.targets:
+        pictures, scores, lines = measure(model, benchmark(args.n, args.seed), range(args.n),
+                                          args.targets, args.guidance, args.steps)
+        write_benchmark(folder, lines, pictures)
+        for name, column in zip(ANALYTIC, scores.T):
+            print(f"{name:14}{column.mean():9.3f} ± {column.std() / args.n ** 0.5:.3f}")
+    else:
+        evaluate_folder(model, folder, args.n, **asked)
+    right = detector_accuracy(args.n, model.net.config.size, args.seed)
+    print(summary(read_results(folder / "shapes-benchmark" / "results.jsonl"),
+                  "GenEval's tasks and rules on the embedded world (this is not GenEval)"))
+    print(f"the detector judges {right['true']:.1%} of {args.n} clean drawings as what was drawn, "
+          f"and {right['lies']:.1%} with a caption that lies")
+
+
+# ---- geneval: 553 prompts, Mask2Former, CLIP -----------------------------------------------------
+
+# COCO's classes in its order, with GenEval's names for three of them
+OBJECTS = tuple((
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
+    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
+    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,"
+    "banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,"
+    "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,"
+    "hair drier,toothbrush").split(","))
+PAINTS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+
+
+def geneval_prompts() -> list[dict]:
+    """GenEval's 553 prompts with their metadata, number by number: its names and templates, drawn
+    in its order by numpy's generator from its seed, 43; repeats are left out."""
+    rng, n, found = np.random.default_rng(43), len(OBJECTS), []
+    an = lambda name: f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    many = lambda name: name + ("es" if name.endswith("s") else "s")
+    two = lambda last: rng.choice(last, size=2, replace=False)
+
+    def add(tag, prompt, *include, **more):
+        found.append(dict(tag=tag, include=list(include), **more, prompt=f"a photo of {prompt}"))
+
+    for name in (OBJECTS[k] for k in rng.choice(n, size=n, replace=False)):
+        add("single_object", an(name), {"class": name, "count": 1})
+    for _ in range(100):
+        a, b = (OBJECTS[k] for k in two(n))
+        add("two_object", f"{an(a)} and {an(b)}", *({"class": c, "count": 1} for c in (a, b)))
+    for _ in range(100):
+        name, count = OBJECTS[rng.choice(n)], int(rng.integers(2, 4, endpoint=True))
+        add("counting", f"{('two', 'three', 'four')[count - 2]} {many(name)}",
+            {"class": name, "count": count}, exclude=[{"class": name, "count": count + 1}])
+    for _ in range(100):                                              # no coloured persons, class 0
+        name, paint = OBJECTS[rng.choice(n - 1) + 1], PAINTS[rng.choice(len(PAINTS))]
+        add("colors", f"{an(paint)} {name}", {"class": name, "count": 1, "color": paint})
+    for _ in range(100):
+        (a, b), side = (OBJECTS[k] for k in two(n)), shapes.RELATIONS[rng.choice(4)]
+        add("position", f"{an(a)} {side} {an(b)}", {"class": b, "count": 1},
+            {"class": a, "count": 1, "position": [side, 0]})
+    for _ in range(100):
+        names, paints = [OBJECTS[k + 1] for k in two(n - 1)], [PAINTS[k] for k in two(len(PAINTS))]
+        add("color_attr", " and ".join(f"{an(c)} {name}" for c, name in zip(paints, names)),
+            *({"class": name, "count": 1, "color": c} for c, name in zip(paints, names)))
+    return [json.loads(line) for line in dict.fromkeys(map(json.dumps, found))]
+
+
+class Detector:
+    """Mask2Former with a Swin-S on COCO's instances (Cheng et al. 2022, arXiv 2112.01527).
+
+    GenEval runs mmdet's training of it; this is its authors', in transformers: the same network,
+    other weights. ValueError: a tensor is missing or misshapen, or the classes are not COCO's."""
+    SOURCE = "facebook/mask2former-swin-small-coco-instance"
+
+    def __init__(self, folder: Path, device: torch.device):
+        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+        self.net = rewards.pretrained(folder, Mask2FormerForUniversalSegmentation, True).to(device)
+        self.device, self.names = device, [*OBJECTS]
+        labels = len(self.net.config.id2label)
+        if labels != len(OBJECTS):
+            raise ValueError(f"{folder} knows {labels} classes, and COCO has {len(OBJECTS)}: name "
+                             f"{self.SOURCE}")
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} has no preprocessor_config.json that can be read "
+                             f"({first_line(error)}): fetch it again") from error
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image) -> list[tuple[str, Found]]:
+        """A picture → (class, object), as mmdet reads the network: of all pairs of query and
+        class the surest, as many as queries (100), scored by the class's probability times the mean
+        probability of the mask, which is where that is above 1/2 in the picture's own pixels."""
+        seen = self.processor(images=image, return_tensors="pt").to(self.device)
+        out = self.net(pixel_values=seen["pixel_values"], pixel_mask=seen["pixel_mask"])
+        classes = out.class_queries_logits[0].float().softmax(-1)[:, :-1]        # (Q, 80)
+        score, place = classes.flatten().topk(len(classes))                      # (Q,)
+        label, query = place % classes.shape[1], place // classes.shape[1]       # (Q,)
+        masks = F.interpolate(out.masks_queries_logits.float(), seen["pixel_values"].shape[-2:],
+                              mode="bilinear")
+        masks = F.interpolate(masks, image.size[::-1], mode="bilinear")[0][query]     # (Q, H, W)
+        inside = masks > 0
+        sure = (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)   # (Q,)
+        found = []
+        for value, k, mask in zip((score * sure).tolist(), label.tolist(), inside.cpu().numpy()):
+            if mask.any():
+                (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]]
+                                                for axis in (1, 0))
+                box = (left, top, right + 1, bottom + 1)
+                found.append((self.names[k], Found(box, value, mask=mask)))
+        return found
+
+
+class Colors:
+    """open_clip's ViT-L-14 of OpenAI as a judge of colour, zero-shot over PAINTS. Of an object it
+    sees the box; what the mask leaves out is grey."""
+    SOURCE = "timm/vit_large_patch14_clip_224.openai"       # open_clip's ("ViT-L-14", "openai")
+
+    def __init__(self, folder: Path, device: torch.device):
+        import open_clip
+        self.device, self.known, name = device, {}, f"local-dir:{folder}"
+        try:
+            self.net, _, self.transform = open_clip.create_model_and_transforms(
+                name, force_quick_gelu=True, require_pretrained=True, device=device)
+            self.tokenizer = open_clip.get_tokenizer(name)
+        except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+            raise ValueError(f"{folder} cannot be loaded by open_clip ({first_line(error)}): fetch "
+                             "it again") from error
+        self.net.eval()
+
+    def classifier(self, name: str) -> torch.Tensor:
+        """A class of objects → (10, D): of each colour the mean of its three prompts."""
+        if name not in self.known:
+            texts = [text for c in PAINTS for text in (
+                f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}",
+                f"a photo of a {c} object")]
+            read = self.net.encode_text(self.tokenizer(texts).to(self.device))   # (30, D)
+            mean = F.normalize(read, dim=-1).view(len(PAINTS), 3, -1).mean(1)    # (10, D)
+            self.known[name] = F.normalize(mean, dim=-1)
+        return self.known[name]
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, group: list[Found], name: str) -> list[str]:
+        """The colours of some objects of one class in a picture."""
+        grey = Image.new("RGB", image.size, "#999")
+        cut = [Image.composite(image, grey, Image.fromarray(thing.mask)).crop(thing.box)
+               for thing in group]
+        pixels = torch.stack([self.transform(part) for part in cut]).to(self.device)
+        seen = F.normalize(self.net.encode_image(pixels), dim=-1)                # (n, D)
+        return [PAINTS[k] for k in (seen @ self.classifier(name).T).argmax(1).tolist()]
+
+
+def read_results(file: Path) -> list[dict]:
+    """The whole lines of results.jsonl; a kill may have cut the last one."""
+    lines = file.read_text().splitlines(True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def score_geneval(folder: Path, models: str | None, device: torch.device) -> None:
+    """Judge the pictures of a layout that are not in its results.jsonl yet; print the summary.
+
+    FileNotFoundError: a network's files are missing."""
+    prompts, file = read_layout(folder), folder / "results.jsonl"
+    done = {line["filename"]: line for line in read_results(file)}
+    todo = [(wanted, path) for wanted, pictures in prompts for path in pictures
+            if str(path.relative_to(folder)) not in done]
+    if todo:
+        folders = [rewards.fetch(kind.SOURCE, ("*config.json", "*.safetensors"), models,
+                                 "geneval score needs", disk)
+                   for kind, disk in ((Detector, 0.3), (Colors, 1.7))]
+        detector, colors = Detector(folders[0], device), Colors(folders[1], device)
+        write_file(file, "".join(json.dumps(line) + "\n" for line in done.values()))
+    for wanted, path in tqdm(todo, desc="judging", unit="picture"):
+        try:
+            image = to_rgb(decode(path.read_bytes())[0])
+        except BROKEN as error:
+            raise ValueError(f"{path} cannot be read ({error}): make it again") from error
+        objects = keep(detector(image), wanted["tag"])
+        line = result(str(path.relative_to(folder)), wanted, objects,
+                      lambda group, name: colors(image, group, name))
+        done[line["filename"]] = line
+        with open(file, "a") as out:
+            out.write(json.dumps(line) + "\n")
+    names = [str(path.relative_to(folder)) for _, pictures in prompts for path in pictures]
+    print(summary([done[name] for name in names], f"GenEval with the detector {Detector.SOURCE}"))
+
+
+# ---- rewards: the mean scores of a checkpoint or of pictures -------------------------------------
+
+def read_wanted(path: str) -> list[dict]:
+    """The prompts of a file: a line each as sample.py reads them, or PartiPrompts' table
+    (Prompt, tab, Category, ...)."""
+    file = Path(path)
+    if file.is_file() and file.read_bytes().startswith(b"Prompt\t"):
+        rows = [line.split("\t") for line in file.read_text().splitlines()[1:] if line.strip()]
+        return [dict(tag=(row + ["prompts"])[1], prompt=row[0]) for row in rows]
+    return [dict(tag="prompts", prompt=job["prompt"]) for job in sample.read_prompts(path)]
+
+
+def mean_rewards(folder: Path, args, device: torch.device) -> None:
+    """Score a folder of pictures with prompts (data.py reads it); print each reward's mean, and its
+    standard error over prompts. Scores of each picture: its sidecar, as rewards.py writes it."""
+    pictures = Pictures(str(folder), 1, memory_gb=0)
+    side = pictures.cut(0, lambda data: min(decode(data)[0].size))     # analytic rewards see all
+    pictures = Pictures(str(folder), side, memory_gb=0)
+    names = rewards.choose_rewards(args.rewards, pictures.captions)
+    found = rewards.available(names, args.models, args.keep_going)
+    groups = rewards.groups_of(found, args.memory_gb, device)
+    rewards.score_dataset(pictures, tuple(found), args.batch, groups=groups)
+    rows, raws = rewards.read_scores(pictures, tuple(found))
+    scores = np.stack([raw.mean(0) for raw in raws])                             # (N, R)
+    _, prompt = np.unique([pictures.captions[row][0] for row in rows], return_inverse=True)
+    means = np.stack([np.bincount(prompt, column) for column in scores.T], 1) \
+        / np.bincount(prompt)[:, None]                                           # (P, R)
+    print(f"{len(scores)} pictures of {len(means)} prompts\n{'reward':14}{'mean':>10}{'error':>10}")
+    for name, column in zip(found, means.T):
+        error = column.std(ddof=1) / len(column) ** 0.5 if len(column) > 1 else float("nan")
+        print(f"{name:14}{column.mean():10.4f}{error:10.4f}")
+
+
+# ---- control: does each target move its own reward? ----------------------------------------------
+
+def control(model: sample.Model, n: int, columns: int, seed: int = 0) -> dict:
+    """The sweep of each target over [0, 1], the others at 1 and at 0.5: n prompts, one noise each.
+
+    Returns {"levels", "rewards", "measured", others: (R, levels, measured) means in native units}.
+    """
+    texts, names = [want["prompt"] for want in benchmark(n, seed)], ANALYTIC
+    values = np.linspace(0, 1, columns).round(4).tolist()
+    found = {"levels": values, "rewards": model.rewards, "measured": names, "prompts": n}
+    total = 2 * len(model.rewards) * columns
+    with tqdm(total=total, desc="sweeping", unit="level", leave=False) as bar:
+        for others in (1.0, 0.5):
+            found[f"others={others:g}"] = matrix = []
+            for name in model.rewards:
+                matrix.append([])
+                for value in values:
+                    s_pos = levels(model, n, f"all={others}", f"{name}={value}")
+                    pictures = sample.generate(model, texts, s_pos, torch.zeros_like(s_pos),
+                                               list(range(n)))
+                    matrix[-1].append(score_all(names, pictures, texts).mean(0).tolist())
+                    bar.update()
+    return found
+
+
+def control_report(model: sample.Model, found: dict) -> str:
+    """For each target (row) how far it moves each measured reward (column) from 0 to 1, in std of
+    the data; Spearman's rank correlation of the levels with its own; cross-talk: the mean size of
+    the others' moves over its own."""
+    from scipy.stats import spearmanr                       # here: the tables alone need it
+    std = np.array([model.config["score_std"].get(name) or np.nan for name in found["measured"]])
+    lines = []
+    for others in ("others=1", "others=0.5"):
+        means = np.array(found[others])                                          # (R, levels, R')
+        moves = (means[:, -1] - means[:, 0]) / std                               # (R, R')
+        lines.append(f"{others:14}" + "".join(f"{name[:9]:>10}" for name in found["measured"])
+                     + f"{'Spearman':>10}{'cross-talk':>12}")
+        for name, row, sweep in zip(found["rewards"], moves, means):
+            own = found["measured"].index(name)
+            curve = sweep[:, own]
+            order = spearmanr(found["levels"], curve).statistic if np.ptp(curve) else np.nan
+            rest = np.nanmean(np.abs(np.delete(row, own))) / max(abs(row[own]), 1e-9)
+            lines.append(f"{name:14}" + "".join(f"{move:10.2f}" for move in row)
+                         + f"{order:10.3f}{rest:12.2f}")
+    return "\n".join(lines)
+
+
+def draw_control(model: sample.Model, found: dict, path: Path) -> None:
+    """A panel a target: what it moves, in std of the data; the others at 1, and at 0.5 below."""
+    from matplotlib.figure import Figure
+    names = found["rewards"]
+    figure = Figure(figsize=(3 * len(names), 6), layout="constrained")
+    axes = figure.subplots(2, len(names), sharex=True, sharey=True, squeeze=False)
+    for row, others in zip(axes, ("others=1", "others=0.5")):
+        for axis, name, sweep in zip(row, names, np.array(found[others])):
+            for j, measured in enumerate(found["measured"]):
+                std = model.config["score_std"].get(measured) or float("nan")
+                axis.plot(found["levels"], (sweep[:, j] - sweep[0, j]) / std, label=measured,
+                          linewidth=3 if measured == name else 1)
+            axis.set(title=f"target {name}, {others}", xlabel="target")
+    axes[0, 0].set(ylabel="moved by, std of the data")
+    axes[0, -1].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+
+
+# ---- compare: convergence, one reward or all, best of N ------------------------------------------
+
+def remembered(file: Path, settings: dict, make: Callable[[], dict]) -> dict:
+    """What a file holds, if it was made with these settings; else make it, and write it."""
+    if file.exists() and (found := read_json(file)).get("settings") == settings:
+        return found
+    found = dict(settings=settings, **make())
+    write_file(file, json.dumps(found, indent=1))
+    return found
+
+
+def curve_of(folder: Path, n: int, device) -> dict:
+    """Scores of the checkpoints that a run kept: {"steps", "accuracy", each reward: a list}."""
+    found = {"steps": []}
+    wanted = benchmark(n)
+    for place in tqdm(sorted(folder.glob("step-*")), desc=f"{folder.name}: curve", leave=False):
+        _, scores, lines = measure(sample.load(place, device), wanted, range(n))
+        values = (np.mean([line["correct"] for line in lines]), *scores.mean(0))
+        found["steps"].append(int(place.name.removeprefix("step-")))
+        for name, value in zip(("accuracy", *ANALYTIC), values):
+            found.setdefault(name, []).append(float(value))
+    return found
+
+
+def best_of(folder: Path, n: int, candidates: int, device) -> dict:
+    """n prompts, `candidates` pictures each: {reward: the mean best of N at N = 1, 2, 4, ...}, each
+    N averaged over all groups that the candidates can be split into."""
+    model, wanted, scores = sample.load(folder, device), benchmark(n), []
+    for number in tqdm(range(n), desc=f"{folder.name}: best of {candidates}", leave=False):
+        seeds = range(number * candidates, (number + 1) * candidates)
+        scores.append(measure(model, [wanted[number]] * candidates, seeds)[1].numpy())
+    scores, sizes = np.stack(scores), []                                         # (n, N, R)
+    while 2 ** len(sizes) <= candidates:
+        sizes.append(2 ** len(sizes))
+    curves = [scores[:, :candidates // k * k].reshape(n, -1, k, len(ANALYTIC)).max(2).mean((0, 1))
+              for k in sizes]                                                    # (sizes, R)
+    return {"sizes": sizes} | {name: list(map(float, c)) for name, c in zip(ANALYTIC, zip(*curves))}
+
+
+def kind_of(config: dict) -> str:
+    """What a run was told: "none", one reward, "all", or some of them."""
+    names = config["network"]["rewards"]
+    return "all" if tuple(names) == ANALYTIC else "+".join(names) or "none"
+
+
+def first_to_reach(steps: list, values: list, goal: float) -> float:
+    """The first kept step from which on the score is the goal or better; infinite if none is.
+
+    For good: after some 50 steps pictures are full of shapes, and one of them is what was asked."""
+    below = [k for k, value in enumerate(values) if value < goal]
+    reached = steps[below[-1] + 1:] if below else steps
+    return reached[0] if reached else float("inf")
+
+
+def mean_error(values: Sequence[float], digits: int = 3) -> str:
+    """"mean ± standard error" of a few seeds; of one, the mean."""
+    values = np.array(values, float)
+    error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{error}"
+
+
+def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> str:
+    """Measure runs (what was measured before is kept beside them), draw three figures, and return
+    the tables: each number the mean over seeds ± its standard error.
+
+    ValueError: a run is of another world, or "none" (the baseline) and "all" have no common seed.
+    """
+    runs = {}                                                # kind → seed → what was measured
+    for folder in map(Path, folders):
+        model = sample.load(folder, device)
+        kind, settings = kind_of(model.config), settings_of(model, args.n)
+        weights = settings["weights"]
+        seed = model.config.get("args", {}).get("seed")
+        if seed in runs.setdefault(kind, {}):
+            raise ValueError(f"{folder} is a second run of rewards {kind} and seed {seed}: name "
+                             "one")
+        final = remembered(folder / "evaluation.json", settings,
+                           lambda: evaluate_shapes(model, args.n)[0])
+        runs[kind][seed] = run = dict(final=final["all=1"] | final["accuracy"], folder=folder,
+                                      std=model.config["score_std"])
+        run["final"]["accuracy"] = run["final"].pop("overall")
+        if any(folder.glob("step-*")):
+            run["curve"] = remembered(folder / "curve.json", dict(weights=weights, n=args.curve),
+                                      lambda: curve_of(folder, args.curve, device))
+        if kind in ("none", "all") and args.candidates:
+            run["best"] = remembered(
+                folder / "best_of.json",
+                dict(weights=weights, n=args.best, candidates=args.candidates),
+                lambda: best_of(folder, args.best, args.candidates, device))
+    if not set(runs.get("none", ())) & set(runs.get("all", ())):
+        raise ValueError("compare needs a run with --rewards none and one with all, of one seed: "
+                         f"these are {', '.join(f'{kind} {sorted(runs[kind])}' for kind in runs)}")
+    order = [kind for kind in ("none", *ANALYTIC, "all") if kind in runs]
+    runs = {kind: runs[kind] for kind in (*order, *(set(runs) - set(order)))}
+    draw_rewards(runs, out / "rewards.png")
+    tables = [final_table(runs)]
+    pairs = [(runs["none"][seed], runs["all"][seed]) for seed in sorted(runs["all"])
+             if seed in runs["none"]]
+    if all("curve" in run for pair in pairs for run in pair):
+        draw_convergence(runs, out / "convergence.png")
+        tables.append(speed_table(pairs))
+    if all("best" in run for pair in pairs for run in pair):
+        draw_best(runs, out / "best_of_n.png")
+        tables.append(best_table(pairs))
+    return "\n\n".join(tables)
+
+
+def final_table(runs: dict) -> str:
+    """The benchmark at the end: a row a run, told nothing, one reward, all; columns its scores."""
+    names = ("accuracy", *ANALYTIC)
+    lines = [f"{'told':14}{'seeds':>6}" + "".join(f"{name:>17}" for name in names)]
+    for kind, seeds in runs.items():
+        cells = [mean_error([run["final"][name] for run in seeds.values()]) for name in names]
+        lines.append(f"{kind:14}{len(seeds):6}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)
+
+
+def speed_table(pairs: Sequence[tuple]) -> str:
+    """The baseline's steps over those at which "all" first reaches the baseline's final score."""
+    lines = [f"{'speed-up':14}{'times':>17}   at step (seed by seed)"]
+    for name in ("accuracy", *ANALYTIC):
+        steps = [first_to_reach(run["curve"]["steps"], run["curve"][name], base["curve"][name][-1])
+                 for base, run in pairs]
+        times = [base["curve"]["steps"][-1] / step for step, (base, _) in zip(steps, pairs)]
+        lines.append(f"{name:14}{mean_error(times, 1):>17}   "
+                     + " ".join(f"{step:g}" for step in steps))
+    return "\n".join(lines)
+
+
+def best_table(pairs: Sequence[tuple]) -> str:
+    """One picture of "all" beside the baseline's best of N, by each reward; and the smallest N
+    whose best, of "all", beats the baseline's best of all its candidates."""
+    sizes = pairs[0][0]["best"]["sizes"]
+    lines = [f"{'best of N':14}{'baseline, 1':>17}{f'baseline, {sizes[-1]}':>17}{'all, 1':>17}"
+             f"{f'all, {sizes[-1]}':>17}   N of all that beats it (seed by seed)"]
+    for name in ANALYTIC:
+        curves = [[run["best"][name] for run in pair] for pair in pairs]
+        cells = [mean_error([curve[k][at] for curve in curves])
+                 for k, at in ((0, 0), (0, -1), (1, 0), (1, -1))]
+        needed = [first_to_reach(sizes, all_, base[-1]) for base, all_ in curves]
+        lines.append(f"{name:14}" + "".join(f"{cell:>17}" for cell in cells)
+                     + "   " + " ".join(f"{n:g}" for n in needed))
+    return "\n".join(lines)
+
+
+def draw_band(axis, x: Sequence, curves: Sequence[Sequence], label: str) -> None:
+    """The mean of some seeds' curves and, around it, a standard error."""
+    y = np.array(curves)
+    line = axis.plot(x, y.mean(0), label=label)[0]
+    if len(y) > 1:
+        error = y.std(0, ddof=1) / len(y) ** 0.5
+        axis.fill_between(x, y.mean(0) - error, y.mean(0) + error, alpha=0.2,
+                          color=line.get_color())
+
+
+def draw_convergence(runs: dict, path: Path) -> None:
+    """Accuracy and rewards against steps, of the runs that kept checkpoints."""
+    from matplotlib.figure import Figure
+    names = ("accuracy", *ANALYTIC)
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    for axis, name in zip(figure.subplots(2, 3).flat, names):
+        for kind, seeds in runs.items():
+            curves = [run["curve"] for run in seeds.values() if "curve" in run]
+            if curves:
+                draw_band(axis, curves[0]["steps"], [curve[name] for curve in curves], kind)
+        base = [run["curve"][name][-1] for run in runs["none"].values() if "curve" in run]
+        axis.axhline(np.mean(base), color="grey", linestyle=":")
+        axis.set(title=name, xlabel="steps", xscale="log")
+        axis.legend()
+    save_figure(figure, path)
+
+
+def draw_rewards(runs: dict, path: Path) -> None:
+    """All rewards of all runs, as distances from the baseline in std of the data, and accuracy."""
+    from matplotlib.figure import Figure
+    names = ("accuracy", *ANALYTIC)
+    std = next(run["std"] for seeds in runs.values() for run in seeds.values() if run["std"])
+    mean = lambda kind, name: np.array([run["final"][name] for run in runs[kind].values()])
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    axis, width = figure.subplots(), 0.8 / len(runs)
+    for k, kind in enumerate(runs):
+        values = [(mean(kind, name) - mean("none", name).mean()) / std.get(name, 1)
+                  for name in names]
+        error = [v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
+        x = np.arange(len(names)) + (k - (len(runs) - 1) / 2) * width
+        axis.bar(x, [v.mean() for v in values], width, yerr=error,
+                 label=f"none ({len(values[0])} seeds)" if kind == "none" else f"told {kind}")
+    axis.axhline(0, color="black", linewidth=0.5)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylabel="above the baseline, std of the data (accuracy: share)")
+    axis.legend(ncols=2)
+    save_figure(figure, path)
+
+
+def draw_best(runs: dict, path: Path) -> None:
+    """The best of N pictures by each reward against N, of "none" and of "all"."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(15, 3.5), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(ANALYTIC)), ANALYTIC):
+        for kind in ("none", "all"):
+            curves = [run["best"] for run in runs[kind].values() if "best" in run]
+            draw_band(axis, curves[0]["sizes"], [curve[name] for curve in curves], kind)
+        axis.set(title=name, xlabel="best of N", xscale="log")
+        axis.legend()
+    save_figure(figure, path)
+
+
+# ---- flops: what a picture costs -----------------------------------------------------------------
 
 def forward_cost(c: Config, tokens: int) -> tuple[TextRIN, int, int]:
     """(the network without numbers, floating-point operations of one forward pass of one picture
@@ -145,23 +948,125 @@ def cost_report(name: str, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def main(argv=None):
-    """The command line: judge checkpoints one after the other."""
-    parser = argparse.ArgumentParser(description="evaluate checkpoints of the embedded world")
-    parser.add_argument("what", choices=("shapes", "flops"), help="the benchmark, or the cost")
-    parser.add_argument("checkpoints", nargs="+", help="folders that train.py wrote")
-    parser.add_argument("--n", type=int, default=512, help="prompts")
-    parser.add_argument("--tokens", type=int, default=77, help="of text, for flops")
+# ---- the command line ----------------------------------------------------------------------------
+
+def read_command(argv=None) -> argparse.Namespace:
+    """The command and its flags, checked. ValueError: one is out of its range."""
+    parser = argparse.ArgumentParser(description="evaluate checkpoints")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, words, *positional):
+        found = commands.add_parser(name, help=words, description=words)
+        for name, words, kind in positional:
+            found.add_argument(name, help=words, **kind)
+        return found.add_argument
+
+    many, one = dict(nargs="+"), {}
+    add = command("shapes", "GenEval's six tasks on the embedded world",
+                  ("checkpoints", "folders that train.py wrote", many))
+    add("--n", type=int, default=600, help="prompts")
+    add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1")
+    add("--guidance", type=float, help="w; default: the checkpoint's")
+    add("--steps", type=int, help="default: the checkpoint's")
+    add("--seed", type=int, default=0, help="of the prompts")
+    add = command("control", "does each target move its own reward?",
+                  ("checkpoints", "folders that train.py wrote", many))
+    add("--n", type=int, default=48, help="prompts")
+    add("--levels", type=int, default=9, help="of each target, from 0 to 1")
+    add = command("compare", "convergence, one reward or all, best of N",
+                  ("runs", "folders that train.py wrote, with --keep-every for curves", many))
+    add("--out", default="runs", help="folder of the figures")
+    add("--n", type=int, default=600, help="prompts of the benchmark")
+    add("--curve", type=int, default=120, help="prompts of each point of the curves")
+    add("--best", type=int, default=24, help="prompts of best of N")
+    add("--candidates", type=int, default=128, help="the largest N; 0: no best of N")
+    add = command("rewards", "mean scores of pictures",
+                  ("source", "checkpoint, or folder of pictures with metadata.jsonl", one))
+    add("--rewards", default="analytic", help="analytic, all (the paper's seven), or a,b,c")
+    add("--prompts", help="file: prompts, or PartiPrompts' table; default: the embedded world's")
+    add("--out", help="folder of a checkpoint's pictures; default: CKPT/pictures")
+    add("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
+    add("--memory-gb", type=float, default=48.0, help="for networks, which go in groups that fit")
+    add("--keep-going", action="store_true", help="leave out rewards whose files are missing")
+    generation_flags(add, samples=1)
+    what = commands.add_parser("geneval", help="the real GenEval").add_subparsers(
+        dest="part", required=True)
+    add = (part := what.add_parser("generate", help="pictures of the 553 prompts")).add_argument
+    add("source", help="checkpoint: folder or hub id")
+    add("out", help="folder to write to")
+    add("--variant", help="subfolder of the checkpoint, such as miro-only-clip")
+    add("--text-encoder", help="folder or hub id of a T5; default: the checkpoint's")
+    add("--vae", help="folder or hub id of an AutoencoderKL; default: the checkpoint's")
+    generation_flags(add, samples=4)
+    add = (part := what.add_parser("score", help="judge them")).add_argument
+    add("source", help="folder of NNNNN/samples/0000.png and NNNNN/metadata.jsonl")
+    add("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
+    add = command("flops", "what a picture costs",
+                  ("checkpoints", "folders, shapes or paper", many))
+    add("--tokens", type=int, default=77, help="of text")
     args = parser.parse_args(argv)
-    if args.what == "flops":
-        if args.tokens < 1:
-            raise ValueError("--tokens must be at least 1")
+    least = dict(n=len(TASKS), curve=len(TASKS), best=1, candidates=0, levels=2, tokens=1,
+                 samples=1, batch=1, steps=1, seed=0, guidance=0)
+    for key, low in least.items():
+        value = getattr(args, key, None)
+        if value is not None and not low <= value < 2 ** 62:                     # not: NaN, too
+            tasks = ", one prompt a task" * (low == len(TASKS))
+            raise ValueError(f"--{key} must be at least {low}{tasks}")
+    return args
+
+
+def generation_flags(add: Callable, samples: int) -> None:
+    """The flags of commands that generate a folder of pictures."""
+    add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1")
+    add("--negative-prompt", help="caption of the negative branch; default: the same caption")
+    add("--guidance", type=float, help="w, 0 = off; default: the checkpoint's")
+    add("--steps", type=int, help="default: the checkpoint's")
+    add("--samples", type=int, default=samples, help="pictures a prompt")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=32, help="pictures at once; changes no more than rounding")
+
+
+def main(argv=None) -> None:
+    """The command line: one question at a time, checkpoint by checkpoint."""
+    args, device = read_command(argv), sample.best_device()
+    if args.command == "flops":
         return print("\n\n".join(cost_report(name, args.tokens) for name in args.checkpoints))
-    if args.n < len(TASKS):
-        raise ValueError(f"--n must be at least {len(TASKS)}, one prompt a task")
-    for folder in args.checkpoints:
-        print(folder)
-        evaluate_folder(sample.load(folder, sample.best_device()), Path(folder), args.n)
+    if args.command == "compare":
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        tables = compare(args.runs, Path(args.out), args, device)
+        write_file(Path(args.out) / "compare.txt", tables + "\n")
+        return print(tables)
+    if args.command in ("shapes", "control"):
+        for folder in map(Path, args.checkpoints):
+            model = sample.load(folder, device)
+            print(folder)
+            if args.command == "shapes":
+                judge_shapes(model, folder, args)
+            elif not model.rewards:
+                raise ValueError(f"{folder} was trained without rewards: it has no target to sweep")
+            else:
+                found = remembered(
+                    folder / "control.json",
+                    dict(weights=digest(model), n=args.n, levels=args.levels),
+                    lambda: control(model, args.n, args.levels))
+                print(control_report(model, found))
+                draw_control(model, found, folder / "control-sweep.png")
+        return None
+    if args.command == "geneval" and args.part == "score":
+        return score_geneval(Path(args.source), args.models, device)
+    folder = Path(args.source)
+    if args.command == "geneval" or (folder / "model.safetensors").exists():
+        model = sample.load(sample.find(args.source, getattr(args, "variant", None)), device)
+        if args.command == "geneval":
+            sample.set_sources(model, args.source, args.text_encoder, args.vae)
+        folder = Path(args.out or folder / "pictures")
+        wanted = geneval_prompts() if args.command == "geneval" else \
+            read_wanted(args.prompts) if args.prompts else benchmark(600)
+        generate_folder(model, wanted, folder, args.samples, asked_of(args), args.batch)
+    if args.command == "geneval":
+        return print(f"{folder} has {args.samples} pictures each of {len(wanted)} prompts; judge "
+                     f"them with python evaluate.py geneval score {folder}")
+    mean_rewards(folder, args, device)
 
 
 if __name__ == "__main__":

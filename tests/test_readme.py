@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -24,15 +25,16 @@ def run(command, folder):
 
 
 def script_of(command):
-    script, word = (*shlex.split(command)[1:], "")[:2]
-    return script, word if script == "data.py" else ""
+    """A script and the words that choose among its commands: evaluate.py geneval score."""
+    script, *words = shlex.split(command)[1:]
+    depth = {"data.py": 1, "evaluate.py": 2 if words[:1] == ["geneval"] else 1}.get(script, 0)
+    return script, *words[:depth]
 
 
 @pytest.fixture(scope="module")
-def helps(tmp_path_factory):
-    """(script, its first word where that is a command of its own): its --help."""
-    folder = tmp_path_factory.getbasetemp()
-    return {key: run(["python", *filter(None, key), "--help"], folder).stdout
+def helps():
+    """A script and its command: its --help."""
+    return {key: conftest.run(*key, "--help")[1]
             for key in {script_of(command) for command in COMMANDS}}
 
 

@@ -1,4 +1,4 @@
-"""sample.py and evaluate.py: seeds, targets, guidance, files, and what is printed about them."""
+"""sample.py: seeds, targets, guidance, files, and what is printed about them."""
 import json
 import re
 import shutil
@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-import evaluate
 import sample
 from rewards import ANALYTIC as REWARDS
 from rewards import score_all
@@ -350,50 +349,3 @@ def test_a_loaded_checkpoint_has_the_saved_weights_and_rewards_in_evaluation_mod
     weights = load_file(checkpoint / "model.safetensors")
     assert all(torch.equal(w, weights[name]) for name, w in model.net.state_dict().items())
     assert not model.net.training and model.rewards == REWARDS == model.bins.names
-
-
-# ---- evaluate.py ---------------------------------------------------------------------------------
-
-def test_the_evaluation_is_the_mean_score_of_what_sample_py_makes(model):
-    found = evaluate.evaluate_shapes(model, n=12, alone=6)
-    assert set(found) == {"all=1", "all=0", "all=1, first", "tasks"} | {f"{r}=0" for r in REWARDS}
-    texts = [text for six in zip(*(evaluate.prompts(task, 2, 0) for task in TASKS)) for text in six]
-    for request, value, n in (("all=1", 1.0, 12), ("all=0", 0.0, 12), ("all=1, first", 1.0, 6)):
-        scores = score_all(REWARDS, made(model, texts[:n], s_pos=levels(n, value), steps=None),
-                           texts[:n])
-        assert [found[request][name] for name in REWARDS] == pytest.approx(
-            scores.mean(0).tolist(), rel=1e-4), request
-        if n == 12 and value:
-            by_task = scores[:, REWARDS.index("alignment")].view(2, 6).mean(0)
-            assert list(found["tasks"].values()) == pytest.approx(by_task.tolist())
-    alone = levels(6)
-    alone[:, 2] = 0
-    contrast = score_all(["contrast"], made(model, texts[:6], s_pos=alone, steps=None), texts[:6])
-    assert found["contrast=0"]["contrast"] == pytest.approx(float(contrast.mean()), rel=1e-4)
-    report = evaluate.report(model, found).splitlines()
-    gain = (found["all=1, first"]["contrast"] - found["contrast=0"]["contrast"]) \
-        / model.config["score_std"]["contrast"]
-    assert report[3].split()[0] == "contrast" and report[3].split()[-1] == f"{gain:.2f}"
-    assert [line.split()[0] for line in report[1:6]] == list(REWARDS)
-
-
-def test_the_control_figure_has_a_row_a_reward_and_its_target_along_the_columns(model):
-    sheet, scale = np.asarray(evaluate.control_figure(model, PROMPTS[0], seed=3)), 96 // S
-    assert sheet.shape == (18 + 6 * 122, 6 * 100, 3)
-    for row, name in enumerate(("all", *REWARDS)):
-        for column in (0,) if row else (0, 5):
-            s = levels(1)
-            s[:, slice(None) if name == "all" else REWARDS.index(name)] = column / 5
-            top, left = 18 + row * 122 + 18, column * 100
-            assert apart(sheet[top:top + 96:scale, left:left + 96:scale],
-                         made(model, PROMPTS[:1], [3], s, steps=None)[0].permute(1, 2, 0)) <= 1
-
-
-def test_the_evaluation_command_writes_what_it_prints(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "run")
-    code, stdout, stderr = run("evaluate.py", "shapes", folder, "--n", 6)
-    assert code == 0, stderr
-    found = json.loads((folder / "evaluation.json").read_text())
-    assert f"{found['all=1']['alignment']:9.3f}" in stdout and "alignment by task" in stdout
-    assert Image.open(folder / "control.png").size == (600, 750)
-    assert not list(folder.glob(".*"))
