@@ -39,6 +39,9 @@ SAMPLERS = {                                            # config.json carries it
 }
 
 
+SHIPPED = Path(__file__).parent / "assets" / "shapes"      # a checkpoint of the embedded world
+
+
 @dataclass
 class Model:
     """A network with all that sampling needs: what is in a checkpoint folder."""
@@ -188,6 +191,18 @@ def load(folder, device: torch.device) -> Model:
     net.load_state_dict(weights)
     vae = VAE(config["vae"]) if config.get("vae") else None
     return Model(net.to(device).eval(), config, encoder, bins, device, vae, empty)
+
+
+def set_sources(model: Model, checkpoint: str, text_encoder: str | None, vae: str | None) -> None:
+    """--text-encoder and --vae: where the encoders are, if not where the checkpoint says.
+
+    ValueError: it was trained without."""
+    for flag, source, part in (("--text-encoder", text_encoder, model.encoder),
+                               ("--vae", vae, model.vae)):
+        if source:
+            if not isinstance(part, (T5, VAE)):
+                raise ValueError(f"{flag}: {checkpoint} was trained without one")
+            part.source = source
 
 
 def noise(seeds: list, shape: tuple) -> torch.Tensor:
@@ -464,8 +479,8 @@ def read_command(argv=None):
     """The flags, checked. ValueError: one is out of its range, or --out cannot be written to."""
     parser = argparse.ArgumentParser(description="sample pictures with reward targets")
     add = parser.add_argument
-    add("--checkpoint", default="runs/shapes", help="folder of train.py or of the release, or a "
-        "hub repository such as nicolas-dufour/miro")
+    add("--checkpoint", help="folder of train.py or of the release, or a hub repository such as "
+        "nicolas-dufour/miro; default: runs/shapes, or before it is trained the one in assets/")
     add("--variant", help="subfolder of the checkpoint, such as miro-only-clip")
     add("--text-encoder", help="folder or hub id of a T5; default: the checkpoint's")
     add("--vae", help="folder or hub id of an AutoencoderKL; default: the checkpoint's")
@@ -501,6 +516,9 @@ def read_command(argv=None):
     if not 0 <= args.interval[0] <= args.interval[1] <= 1:
         raise ValueError(f"--interval {args.interval[0]:g} {args.interval[1]:g}: it is two times, "
                          "0 <= first <= last <= 1")
+    if args.checkpoint is None:
+        trained = Path("runs/shapes/model.safetensors").exists()
+        args.checkpoint = "runs/shapes" if trained else str(SHIPPED)
     out = Path(args.out)
     for folder in (out, *out.parents) if out.suffix.lower() != ".png" else out.parents:
         if folder.is_file():
@@ -515,12 +533,7 @@ def main(argv=None):
     args = read_command(argv)
     began = time.time()
     model = load(find(args.checkpoint, args.variant), best_device())
-    for flag, part in (("text_encoder", model.encoder), ("vae", model.vae)):
-        if getattr(args, flag):
-            if not isinstance(part, (T5, VAE)):
-                raise ValueError(f"--{flag.replace('_', '-')}: {args.checkpoint} was trained "
-                                 "without one")
-            part.source = getattr(args, flag)
+    set_sources(model, args.checkpoint, args.text_encoder, args.vae)
     if args.export:
         write_release(model, Path(args.export))
         return print(f"wrote {args.export} in the release's layout")
@@ -546,6 +559,8 @@ def main(argv=None):
     passes = sum(2 if w and args.interval[0] <= t <= args.interval[1] else 1
                  for t in flow.step_times(steps, shift)[:-1])
     names = ", ".join(f"{name}={level:g}" for name, level in zip(model.rewards, made[0]["s_pos"]))
+    if args.checkpoint == str(SHIPPED):
+        print(f"nothing is trained yet: this is the checkpoint in {SHIPPED}")
     print(f"targets {names or 'none'}{' ...' if len(made) > 1 else ''}")
     once, each = flops(model)
     print(f"{len(made)} pictures, {steps} {solver} steps, guidance {w:g}: {passes} network "
