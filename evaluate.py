@@ -11,7 +11,8 @@
 `shapes`, `control` and `compare` measure the embedded world with exact oracles, on captions that
 training never saw (shapes.held_out; their claims it did see, with other endings). `shapes` judges
 as GenEval does (Ghosh et al. 2023, arXiv 2310.11513), and is not GenEval: its things are shapes.
-Every command may be stopped, and goes on where it was when it is given again.
+`geneval` and `rewards` go on where they were stopped, picture by picture; `control` and `compare`
+keep what they have measured beside the run.
 """
 import argparse
 import hashlib
@@ -179,10 +180,10 @@ def read_layout(folder: Path) -> list[tuple[dict, list[Path]]]:
             whole = all(isinstance(wanted[key], str) for key in ("tag", "prompt"))
             for kind in ("include", "exclude"):
                 for number, part in enumerate(wanted.get(kind, ())):
-                    side, target = part.get("position", ("above", -1))
-                    whole &= (isinstance(part["class"], str) and type(part["count"]) is int
-                              and side in shapes.RELATIONS and type(target) is int
-                              and target < number)
+                    whole &= isinstance(part["class"], str) and type(part["count"]) is int
+                    if "position" in part:
+                        side, target = part["position"]
+                        whole &= side in shapes.RELATIONS and target in range(number)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{place}/metadata.jsonl is not one line of GenEval's metadata "
                              f"({type(error).__name__}: {error}): copy it again") from error
@@ -195,10 +196,11 @@ def read_layout(folder: Path) -> list[tuple[dict, list[Path]]]:
     return found
 
 
-def asked_of(args) -> dict:
-    """The flags that decide what generated pictures look like."""
-    return dict(targets=args.targets, negative_prompt=args.negative_prompt, seed=args.seed,
-                guidance=args.guidance, steps=args.steps)
+def sampler_of(model: sample.Model, guidance: float | None, steps: int | None) -> dict:
+    """The weights and what generates with them; None takes the checkpoint's own."""
+    asked = {key: value for key, value in (("guidance", guidance), ("steps", steps))
+             if value is not None}
+    return dict(weights=digest(model), **model.config["sampler"] | asked)
 
 
 def levels(model: sample.Model, n: int, *targets: str) -> torch.Tensor:
@@ -215,35 +217,43 @@ def digest(model: sample.Model) -> str:
     return found.hexdigest()[:16]
 
 
-def generate_folder(model: sample.Model, wanted: Sequence[dict], out: Path, samples: int,
-                    asked: dict, batch: int) -> None:
-    """Pictures of prompts, `samples` each, in GenEval's layout; those that are there are kept.
+def generate_folder(model: sample.Model, wanted: Sequence[dict], out: Path, args) -> None:
+    """Pictures of prompts, --samples each, in GenEval's layout; those that are there are kept.
 
-    Picture i of prompt k comes from noise seed + k samples + i: batch and interruptions change no
-    more than rounding. ValueError: `out` has pictures of other prompts, weights or flags."""
-    settings = dict(weights=digest(model), samples=samples, **asked, prompts=hashlib.sha256(
-        json.dumps(wanted).encode()).hexdigest()[:16])
-    s = levels(model, 1, *asked["targets"])                                      # (1, R)
-    file = out / "settings.json"
+    Picture i of prompt k of K comes from noise (seed K + k) samples + i: --batch and interruptions
+    change no more than rounding. ValueError: `out` has other files, or pictures of other prompts,
+    weights or flags; nothing is written then."""
+    s, file = levels(model, 1, *args.targets), out / "settings.json"             # (1, R)
+    settings = sampler_of(model, args.guidance, args.steps) | dict(
+        targets=args.targets, negative_prompt=args.negative_prompt, samples=args.samples,
+        seed=args.seed, text_encoder=model.encoder.config().get("source"),
+        vae=model.vae and model.vae.source,
+        prompts=hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16])
+    if out.exists() and not out.is_dir() or any(part.is_file() for part in out.parents):
+        raise ValueError(f"{out} is a file or lies in one: name another folder")
+    if file.exists():
+        there = read_json(file)
+        for key in settings:
+            if there.get(key, "nothing") != settings[key]:
+                raise ValueError(f"{out} has pictures of other {key} ({there.get(key)}, now "
+                                 f"{settings[key]}): name another folder, or remove it")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} has other files: name a new folder")
     read = model.encoder.states if isinstance(model.encoder, T5) else model.encoder.encode
-    model.encoder.device = model.device
-    read([want["prompt"] for want in wanted])           # all, at once: a T5 is not loaded twice
-    if file.exists() and (there := read_json(file)) != settings:
-        key = next(key for key in settings if there.get(key) != settings[key])
-        raise ValueError(f"{out} has pictures of other {key} ({there.get(key)}, now "
-                         f"{settings[key]}): name another folder, or remove it")
-    write_prompts(out, wanted, samples)
+    model.encoder.device = model.device                 # all, at once: a T5 is not loaded twice
+    read([want["prompt"] for want in wanted] + [args.negative_prompt or ""])
     write_file(file, json.dumps(settings))
-    jobs = [(number, i) for number in range(len(wanted)) for i in range(samples)
+    write_prompts(out, wanted, args.samples)
+    jobs = [(number, i) for number in range(len(wanted)) for i in range(args.samples)
             if not (out / f"{number:05d}" / "samples" / f"{i:04d}.png").exists()]
-    for first in tqdm(range(0, len(jobs), batch), desc="generating", unit="batch"):
-        part = jobs[first:first + batch]
+    for first in tqdm(range(0, len(jobs), args.batch), desc="generating", unit="batch"):
+        part = jobs[first:first + args.batch]
         s_pos = s.expand(len(part), -1)                                          # (B, R)
+        seeds = [(args.seed * len(wanted) + number) * args.samples + i for number, i in part]
         pictures = sample.generate(
             model, [wanted[number]["prompt"] for number, _ in part], s_pos,
-            torch.zeros_like(s_pos), [asked["seed"] + number * samples + i for number, i in part],
-            asked["guidance"], asked["steps"], negative_prompt=asked["negative_prompt"],
-            batch=batch)
+            torch.zeros_like(s_pos), seeds, args.guidance, args.steps,
+            negative_prompt=args.negative_prompt, batch=args.batch)
         for (number, i), picture in zip(part, pictures):
             image = Image.fromarray(picture.permute(1, 2, 0).numpy())
             sample.write_png(image, out / f"{number:05d}" / "samples" / f"{i:04d}.png", settings)
@@ -379,47 +389,49 @@ def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int
     return sample.grid(rows, [f"target {v:.1f}" for v in values], list(names))
 
 
-def settings_of(model: sample.Model, n: int, seed: int = 0, guidance: float | None = None,
-                steps: int | None = None) -> dict:
-    """What decides the numbers of evaluate_shapes."""
-    return dict(weights=digest(model), n=n, seed=seed, guidance=guidance, steps=steps)
-
-
-def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, **asked) -> dict:
+def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, seed: int = 0,
+                    guidance: float | None = None, steps: int | None = None) -> dict:
     """Evaluate, print the table, and write evaluation.json, control.png and the pictures with their
-    verdicts into the folder. asked: seed, guidance, steps, as evaluate_shapes has them."""
-    found, lines, pictures = evaluate_shapes(model, n, **asked)
+    verdicts into the folder."""
+    found, lines, pictures = evaluate_shapes(model, n, 120, seed, guidance, steps)
+    settings = sampler_of(model, guidance, steps) | dict(n=n, seed=seed)
     print(report(model, found))
     if model.rewards:
         figure = control_figure(model, shapes.prompts("colors", 1, 0)[0])
         sample.write_png(figure, folder / "control.png", found)
-    write_benchmark(folder, lines, pictures)
-    found = dict(settings=settings_of(model, n, **asked), **found)
+    write_benchmark(folder, settings | dict(targets=["all=1"]), lines, pictures)
+    found = dict(settings=settings, **found)
     write_file(folder / "evaluation.json", json.dumps(found, indent=1))
     return found
 
 
-def write_benchmark(folder: Path, lines: Sequence[dict], pictures: torch.Tensor) -> None:
-    """shapes-benchmark/ in GenEval's layout: the pictures (B, 3, S, S) and their verdicts."""
-    out = folder / "shapes-benchmark"
-    shutil.rmtree(out, ignore_errors=True)                            # those of older weights
+def write_benchmark(folder: Path, settings: dict, lines: Sequence[dict],
+                    pictures: torch.Tensor) -> None:
+    """shapes-benchmark/ in GenEval's layout: the pictures (B, 3, S, S), their verdicts, and how
+    they were made. What was there of older weights or other targets is replaced at once."""
+    out = folder / ".shapes-benchmark.tmp"
+    shutil.rmtree(out, ignore_errors=True)
     write_prompts(out, [json.loads(line["metadata"]) for line in lines], 1)
     for line, picture in zip(lines, pictures):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / line["filename"])
     write_file(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_file(out / "settings.json", json.dumps(settings))
+    shutil.rmtree(folder / "shapes-benchmark", ignore_errors=True)
+    out.rename(folder / "shapes-benchmark")
 
 
 def judge_shapes(model: sample.Model, folder: Path, args) -> None:
     """The command: the table at the usual targets, or the means at others, and the benchmark."""
-    asked = dict(seed=args.seed, guidance=args.guidance, steps=args.steps)
     if args.targets:
         pictures, scores, lines = measure(model, benchmark(args.n, args.seed), range(args.n),
                                           args.targets, args.guidance, args.steps)
-        write_benchmark(folder, lines, pictures)
+        settings = sampler_of(model, args.guidance, args.steps) | dict(
+            n=args.n, seed=args.seed, targets=args.targets)
+        write_benchmark(folder, settings, lines, pictures)
         for name, column in zip(ANALYTIC, scores.T):
             print(f"{name:14}{column.mean():9.3f} ± {column.std() / args.n ** 0.5:.3f}")
     else:
-        evaluate_folder(model, folder, args.n, **asked)
+        evaluate_folder(model, folder, args.n, args.seed, args.guidance, args.steps)
     right = detector_accuracy(args.n, model.net.config.size, args.seed)
     print(summary(read_results(folder / "shapes-benchmark" / "results.jsonl"),
                   "GenEval's tasks and rules on the embedded world (this is not GenEval)"))
@@ -482,17 +494,18 @@ class Detector:
     GenEval runs mmdet's training of it; this is its authors', in transformers: the same network,
     other weights. ValueError: a tensor is missing or misshapen, or the classes are not COCO's."""
     SOURCE = "facebook/mask2former-swin-small-coco-instance"
+    SIZE = {"shortest_edge": 800, "longest_edge": 1333}      # GenEval's, whatever the file says
 
     def __init__(self, folder: Path, device: torch.device):
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
         self.net = rewards.pretrained(folder, Mask2FormerForUniversalSegmentation, True).to(device)
-        self.device, self.names = device, [*OBJECTS]
-        labels = len(self.net.config.id2label)
-        if labels != len(OBJECTS):
-            raise ValueError(f"{folder} knows {labels} classes, and COCO has {len(OBJECTS)}: name "
-                             f"{self.SOURCE}")
+        self.device, labels = device, self.net.config.id2label
+        if len(labels) != len(OBJECTS) or (labels[0], labels[79]) != (OBJECTS[0], OBJECTS[79]):
+            raise ValueError(f"{folder} knows {len(labels)} classes from {labels[0]!r} on, not "
+                             f"COCO's {len(OBJECTS)}: fetch {self.SOURCE}")
         try:
-            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True,
+                                                                size=self.SIZE)
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} has no preprocessor_config.json that can be read "
                              f"({first_line(error)}): fetch it again") from error
@@ -518,7 +531,7 @@ class Detector:
                 (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]]
                                                 for axis in (1, 0))
                 box = (left, top, right + 1, bottom + 1)
-                found.append((self.names[k], Found(box, value, mask=mask)))
+                found.append((OBJECTS[k], Found(box, value, mask=mask)))
         return found
 
 
@@ -564,17 +577,27 @@ class Colors:
 def read_results(file: Path) -> list[dict]:
     """The whole lines of results.jsonl; a kill may have cut the last one."""
     lines = file.read_text().splitlines(True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        assert all({"filename", "metadata", "correct"} <= set(line) for line in found)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"{file} is damaged ({first_line(error)}): remove it") from error
+    return found
 
 
 def score_geneval(folder: Path, models: str | None, device: torch.device) -> None:
-    """Judge the pictures of a layout that are not in its results.jsonl yet; print the summary.
-
-    FileNotFoundError: a network's files are missing."""
+    """Judge the pictures of a layout that its results.jsonl does not have since they were made;
+    print the summary. FileNotFoundError: a network's files are missing."""
     prompts, file = read_layout(folder), folder / "results.jsonl"
+    since = file.stat().st_mtime if file.exists() else 0.0
     done = {line["filename"]: line for line in read_results(file)}
-    todo = [(wanted, path) for wanted, pictures in prompts for path in pictures
-            if str(path.relative_to(folder)) not in done]
+    todo = []
+    for wanted, pictures in prompts:
+        for path in pictures:
+            line = done.get(str(path.relative_to(folder)), {})
+            if line.get("metadata") != json.dumps(wanted) or path.stat().st_mtime > since:
+                todo.append((wanted, path))
+                done.pop(str(path.relative_to(folder)), None)
     if todo:
         folders = [rewards.fetch(kind.SOURCE, ("*config.json", "*.safetensors"), models,
                                  "geneval score needs", disk)
@@ -593,7 +616,9 @@ def score_geneval(folder: Path, models: str | None, device: torch.device) -> Non
         with open(file, "a") as out:
             out.write(json.dumps(line) + "\n")
     names = [str(path.relative_to(folder)) for _, pictures in prompts for path in pictures]
-    print(summary([done[name] for name in names], f"GenEval with the detector {Detector.SOURCE}"))
+    lacking = sum(not pictures for _, pictures in prompts)
+    print(summary([done[name] for name in names], f"GenEval with the detector {Detector.SOURCE}"
+                  + f"; PARTIAL: {lacking} prompts have no picture" * (lacking > 0)))
 
 
 # ---- rewards: the mean scores of a checkpoint or of pictures -------------------------------------
@@ -604,8 +629,14 @@ def read_wanted(path: str) -> list[dict]:
     file = Path(path)
     if file.is_file() and file.read_bytes().startswith(b"Prompt\t"):
         rows = [line.split("\t") for line in file.read_text().splitlines()[1:] if line.strip()]
+        if not rows:
+            raise ValueError(f"--prompts {path} has a heading and no prompt")
         return [dict(tag=(row + ["prompts"])[1], prompt=row[0]) for row in rows]
-    return [dict(tag="prompts", prompt=job["prompt"]) for job in sample.read_prompts(path)]
+    jobs = sample.read_prompts(path)
+    if more := {key for job in jobs for key in job} - {"prompt"}:
+        raise ValueError(f"--prompts {path}: here a line has a prompt alone, not {min(more)}: pass "
+                         "--targets, for all")
+    return [dict(tag="prompts", prompt=job["prompt"]) for job in jobs]
 
 
 def mean_rewards(folder: Path, args, device: torch.device) -> None:
@@ -766,14 +797,23 @@ def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> st
     """Measure runs (what was measured before is kept beside them), draw three figures, and return
     the tables: each number the mean over seeds ± its standard error.
 
-    ValueError: a run is of another world, or "none" (the baseline) and "all" have no common seed.
+    ValueError: runs differ in more than rewards and seed, or "none" (the baseline) and "all" have
+    no common seed.
     """
-    runs = {}                                                # kind → seed → what was measured
+    runs, flags = {}, None                                   # kind → seed → what was measured
     for folder in map(Path, folders):
         model = sample.load(folder, device)
-        kind, settings = kind_of(model.config), settings_of(model, args.n)
+        theirs = dict(model.config.get("args", {}))
+        seed = theirs.pop("seed", 0)
+        theirs.pop("rewards", None)
+        flags = flags or theirs
+        if other := [key for key in flags if theirs.get(key) != flags[key]]:
+            raise ValueError(f"{folder} was trained with --{other[0].replace('_', '-')} "
+                             f"{theirs.get(other[0])}, {folders[0]} with {flags[other[0]]}: runs "
+                             "to compare differ in rewards and seed alone")
+        kind = kind_of(model.config)
+        settings = sampler_of(model, None, None) | dict(n=args.n, seed=0)
         weights = settings["weights"]
-        seed = model.config.get("args", {}).get("seed")
         if seed in runs.setdefault(kind, {}):
             raise ValueError(f"{folder} is a second run of rewards {kind} and seed {seed}: name "
                              "one")
@@ -794,7 +834,12 @@ def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> st
         raise ValueError("compare needs a run with --rewards none and one with all, of one seed: "
                          f"these are {', '.join(f'{kind} {sorted(runs[kind])}' for kind in runs)}")
     order = [kind for kind in ("none", *ANALYTIC, "all") if kind in runs]
-    runs = {kind: runs[kind] for kind in (*order, *(set(runs) - set(order)))}
+    runs = {kind: runs[kind] for kind in (*order, *(kind for kind in runs if kind not in order))}
+    kept = {tuple(run["curve"]["steps"]) for seeds in runs.values() for run in seeds.values()
+            if "curve" in run}
+    if len(kept) > 1:
+        raise ValueError(f"the runs kept checkpoints at other steps ({kept.pop()} and "
+                         f"{kept.pop()}): train them on with the same --keep-every")
     draw_rewards(runs, out / "rewards.png")
     tables = [final_table(runs)]
     pairs = [(runs["none"][seed], runs["all"][seed]) for seed in sorted(runs["all"])
@@ -819,14 +864,15 @@ def final_table(runs: dict) -> str:
 
 
 def speed_table(pairs: Sequence[tuple]) -> str:
-    """The baseline's steps over those at which "all" first reaches the baseline's final score."""
+    """The baseline's steps over those at which "all" first reaches the baseline's final score; if
+    not all seeds do, how many."""
     lines = [f"{'speed-up':14}{'times':>17}   at step (seed by seed)"]
     for name in ("accuracy", *ANALYTIC):
         steps = [first_to_reach(run["curve"]["steps"], run["curve"][name], base["curve"][name][-1])
                  for base, run in pairs]
         times = [base["curve"]["steps"][-1] / step for step, (base, _) in zip(steps, pairs)]
-        lines.append(f"{name:14}{mean_error(times, 1):>17}   "
-                     + " ".join(f"{step:g}" for step in steps))
+        cell = mean_error(times, 1) if all(times) else f"{np.count_nonzero(times)} of {len(times)}"
+        lines.append(f"{name:14}{cell:>17}   " + " ".join(f"{step:g}" for step in steps))
     return "\n".join(lines)
 
 
@@ -877,12 +923,12 @@ def draw_rewards(runs: dict, path: Path) -> None:
     """All rewards of all runs, as distances from the baseline in std of the data, and accuracy."""
     from matplotlib.figure import Figure
     names = ("accuracy", *ANALYTIC)
-    std = next(run["std"] for seeds in runs.values() for run in seeds.values() if run["std"])
+    std = next(iter(runs["all"].values()))["std"] | {"accuracy": 1.0}   # a run knows its own alone
     mean = lambda kind, name: np.array([run["final"][name] for run in runs[kind].values()])
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axis, width = figure.subplots(), 0.8 / len(runs)
     for k, kind in enumerate(runs):
-        values = [(mean(kind, name) - mean("none", name).mean()) / std.get(name, 1)
+        values = [(mean(kind, name) - mean("none", name).mean()) / (std[name] or np.nan)
                   for name in names]
         error = [v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
         x = np.arange(len(names)) + (k - (len(runs) - 1) / 2) * width
@@ -927,10 +973,10 @@ def forward_cost(c: Config, tokens: int) -> tuple[TextRIN, int, int]:
 
 
 def cost_report(name: str, tokens: int) -> str:
-    """What a picture of a checkpoint, or of a preset with all its rewards, costs."""
+    """What a picture of a checkpoint, or of a preset with all its rewards, costs as the paper
+    counts: text and rewards are read at every step (sample.py reads them once)."""
     if name in PRESETS and not Path(name).exists():
-        rewards = PAPER if name == "paper" else ANALYTIC
-        c = Config(**PRESETS[name] | dict(rewards=rewards))
+        c = Config(**PRESETS[name] | dict(rewards=PAPER if name == "paper" else ANALYTIC))
         steps = sample.SAMPLERS[name]["steps"]
     else:
         model = sample.load(name, torch.device("cpu"))
@@ -957,8 +1003,8 @@ def read_command(argv=None) -> argparse.Namespace:
 
     def command(name, words, *positional):
         found = commands.add_parser(name, help=words, description=words)
-        for name, words, kind in positional:
-            found.add_argument(name, help=words, **kind)
+        for place, meaning, number in positional:
+            found.add_argument(place, help=meaning, **number)
         return found.add_argument
 
     many, one = dict(nargs="+"), {}
@@ -989,18 +1035,7 @@ def read_command(argv=None) -> argparse.Namespace:
     add("--memory-gb", type=float, default=48.0, help="for networks, which go in groups that fit")
     add("--keep-going", action="store_true", help="leave out rewards whose files are missing")
     generation_flags(add, samples=1)
-    what = commands.add_parser("geneval", help="the real GenEval").add_subparsers(
-        dest="part", required=True)
-    add = (part := what.add_parser("generate", help="pictures of the 553 prompts")).add_argument
-    add("source", help="checkpoint: folder or hub id")
-    add("out", help="folder to write to")
-    add("--variant", help="subfolder of the checkpoint, such as miro-only-clip")
-    add("--text-encoder", help="folder or hub id of a T5; default: the checkpoint's")
-    add("--vae", help="folder or hub id of an AutoencoderKL; default: the checkpoint's")
-    generation_flags(add, samples=4)
-    add = (part := what.add_parser("score", help="judge them")).add_argument
-    add("source", help="folder of NNNNN/samples/0000.png and NNNNN/metadata.jsonl")
-    add("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
+    geneval_commands(commands.add_parser("geneval", help="the real GenEval"))
     add = command("flops", "what a picture costs",
                   ("checkpoints", "folders, shapes or paper", many))
     add("--tokens", type=int, default=77, help="of text")
@@ -1015,8 +1050,23 @@ def read_command(argv=None) -> argparse.Namespace:
     return args
 
 
+def geneval_commands(parser: argparse.ArgumentParser) -> None:
+    """generate and score, with their flags."""
+    commands = parser.add_subparsers(dest="part", required=True)
+    add = commands.add_parser("generate", help="pictures of the 553 prompts").add_argument
+    add("source", help="checkpoint: folder or hub id")
+    add("out", help="folder to write to")
+    generation_flags(add, samples=4)
+    add = commands.add_parser("score", help="judge them").add_argument
+    add("source", help="folder of NNNNN/samples/0000.png and NNNNN/metadata.jsonl")
+    add("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
+
+
 def generation_flags(add: Callable, samples: int) -> None:
     """The flags of commands that generate a folder of pictures."""
+    add("--variant", help="subfolder of the checkpoint, such as miro-only-clip")
+    add("--text-encoder", help="folder or hub id of a T5; default: the checkpoint's")
+    add("--vae", help="folder or hub id of an AutoencoderKL; default: the checkpoint's")
     add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1")
     add("--negative-prompt", help="caption of the negative branch; default: the same caption")
     add("--guidance", type=float, help="w, 0 = off; default: the checkpoint's")
@@ -1026,47 +1076,69 @@ def generation_flags(add: Callable, samples: int) -> None:
     add("--batch", type=int, default=32, help="pictures at once; changes no more than rounding")
 
 
+def control_command(model: sample.Model, folder: Path, args) -> None:
+    """Sweep the targets of a checkpoint, or take what was swept; print and draw it.
+
+    ValueError: it has no target, or one of a reward that is no pixels' and caption's."""
+    if not model.rewards or set(model.rewards) - set(ANALYTIC):
+        raise ValueError(f"{folder} was trained with {', '.join(model.rewards) or 'no reward'}: "
+                         f"control sweeps and measures {', '.join(ANALYTIC)}")
+    found = remembered(folder / "control.json",
+                       sampler_of(model, None, None) | dict(n=args.n, levels=args.levels),
+                       lambda: control(model, args.n, args.levels))
+    print(control_report(model, found))
+    draw_control(model, found, folder / "control-sweep.png")
+
+
+def generate_command(args, device: torch.device) -> Path:
+    """geneval generate, and rewards of a checkpoint: make its pictures, and say where."""
+    if args.out is None and not Path(args.source).exists():
+        raise ValueError(f"--out: name a folder for the pictures of {args.source}")
+    model = sample.load(sample.find(args.source, args.variant), device)
+    sample.set_sources(model, args.source, args.text_encoder, args.vae)
+    if args.command == "geneval":
+        wanted = geneval_prompts()
+    else:
+        wanted = read_wanted(args.prompts) if args.prompts else benchmark(600)
+        names = rewards.choose_rewards(args.rewards, [(want["prompt"],) for want in wanted])
+        rewards.available(names, args.models, args.keep_going)          # before anything is made
+    folder = Path(args.out or Path(args.source) / "pictures")
+    generate_folder(model, wanted, folder, args)
+    return folder
+
+
 def main(argv=None) -> None:
     """The command line: one question at a time, checkpoint by checkpoint."""
     args, device = read_command(argv), sample.best_device()
     if args.command == "flops":
-        return print("\n\n".join(cost_report(name, args.tokens) for name in args.checkpoints))
-    if args.command == "compare":
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        tables = compare(args.runs, Path(args.out), args, device)
-        write_file(Path(args.out) / "compare.txt", tables + "\n")
-        return print(tables)
-    if args.command in ("shapes", "control"):
+        print("\n\n".join(cost_report(name, args.tokens) for name in args.checkpoints))
+    elif args.command == "compare":
+        out = Path(args.out)
+        if any(part.is_file() for part in (out, *out.parents)):
+            raise ValueError(f"--out {out} is a file or lies in one: name a folder")
+        out.mkdir(parents=True, exist_ok=True)
+        tables = compare(args.runs, out, args, device)
+        write_file(out / "compare.txt", tables + "\n")
+        print(tables)
+    elif args.command in ("shapes", "control"):
         for folder in map(Path, args.checkpoints):
-            model = sample.load(folder, device)
             print(folder)
-            if args.command == "shapes":
-                judge_shapes(model, folder, args)
-            elif not model.rewards:
-                raise ValueError(f"{folder} was trained without rewards: it has no target to sweep")
-            else:
-                found = remembered(
-                    folder / "control.json",
-                    dict(weights=digest(model), n=args.n, levels=args.levels),
-                    lambda: control(model, args.n, args.levels))
-                print(control_report(model, found))
-                draw_control(model, found, folder / "control-sweep.png")
-        return None
-    if args.command == "geneval" and args.part == "score":
-        return score_geneval(Path(args.source), args.models, device)
-    folder = Path(args.source)
-    if args.command == "geneval" or (folder / "model.safetensors").exists():
-        model = sample.load(sample.find(args.source, getattr(args, "variant", None)), device)
-        if args.command == "geneval":
-            sample.set_sources(model, args.source, args.text_encoder, args.vae)
-        folder = Path(args.out or folder / "pictures")
-        wanted = geneval_prompts() if args.command == "geneval" else \
-            read_wanted(args.prompts) if args.prompts else benchmark(600)
-        generate_folder(model, wanted, folder, args.samples, asked_of(args), args.batch)
-    if args.command == "geneval":
-        return print(f"{folder} has {args.samples} pictures each of {len(wanted)} prompts; judge "
-                     f"them with python evaluate.py geneval score {folder}")
-    mean_rewards(folder, args, device)
+            command = judge_shapes if args.command == "shapes" else control_command
+            command(sample.load(folder, device), folder, args)
+    elif args.command == "rewards":
+        folder = Path(args.source)
+        if not folder.exists() or (folder / (args.variant or "") / "model.safetensors").exists():
+            folder = generate_command(args, device)
+        elif args.prompts or args.targets or args.out or args.negative_prompt is not None:
+            raise ValueError(f"{folder} is no checkpoint (it has no model.safetensors): --prompts, "
+                             "--targets, --negative-prompt and --out are for making pictures")
+        mean_rewards(folder, args, device)
+    elif args.part == "generate":
+        folder = generate_command(args, device)
+        print(f"{folder} has {args.samples} pictures of each prompt; judge them with\n"
+              f"python evaluate.py geneval score {folder}")
+    else:
+        score_geneval(Path(args.source), args.models, device)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,16 @@ def test_the_detector_gives_the_verdict_of_what_was_drawn():
     assert evaluate.detector_accuracy(60, 24) == {"true": 1.0, "lies": 1.0}
 
 
+def test_true_captions_of_clean_drawings_are_correct_and_lies_are_not():
+    for number in range(60):
+        task, rng = TASKS[number % 6], np.random.default_rng(number)
+        things, claims = shapes.compose(task, rng)
+        said = lambda claims: evaluate.verdicts(
+            drawing(*things), [evaluate.metadata_of(task, shapes.write(claims))])[0]["correct"]
+        kind, lied = shapes.lie(claims, rng)
+        assert said(claims) and not said(lied), (task, kind)
+
+
 def test_the_evaluation_is_the_mean_score_of_what_sample_py_makes(model):
     found, lines, pictures = evaluate.evaluate_shapes(model, n=12, alone=6)
     assert set(found) == {"all=1", "all=0", "all=1, first", "tasks", "accuracy"} | {
@@ -369,7 +379,8 @@ def test_runs_are_compared_in_three_figures_and_three_tables(runs, tmp_path, mon
     base = json.loads((runs["none"] / "curve.json").read_text())
     step = evaluate.first_to_reach(curve["steps"], curve["contrast"], base["contrast"][-1])
     row = next(line for line in lines[5:12] if line.startswith("contrast"))
-    assert row.split() == ["contrast", f"{2 / step:.1f}", f"{step:g}"]
+    speed = ["0", "of", "1"] if step == math.inf else [f"{2 / step:.1f}"]
+    assert row.split() == ["contrast", *speed, f"{step:g}"]
     assert curve["steps"] == [1, 2] and "best of N" in stdout
     monkeypatch.setattr(sample, "generate", None)                            # all is remembered
     assert run(*command)[1] == stdout
@@ -386,6 +397,16 @@ def test_runs_without_kept_checkpoints_have_the_final_table_alone(runs, tmp_path
 
 # ---- mistakes ------------------------------------------------------------------------------------
 
+def test_unreached_goals_and_several_seeds_are_told_apart():
+    def of(*values):
+        return {"curve": {"steps": [10, 20, 40]} | dict.fromkeys(("accuracy", *ANALYTIC), values)}
+    base, fast, slow = of(0, 0, 5), of(5, 6, 7), of(0, 1, 2)
+    lines = evaluate.speed_table([(base, fast), (base, of(0, 5, 6))]).splitlines()
+    assert lines[1].split() == ["accuracy", "3.0", "±", "1.0", "10", "20"]
+    lines = evaluate.speed_table([(base, fast), (base, slow)]).splitlines()
+    assert lines[1].split() == ["accuracy", "1", "of", "2", "10", "inf"]
+
+
 def fails(*arguments) -> str:
     code, _, stderr = run("evaluate.py", *arguments)
     assert code == 2 and len(sentences(stderr)) == 1, stderr
@@ -399,8 +420,40 @@ def test_a_comparison_without_a_baseline_says_what_it_has(runs, tmp_path):
     assert "is a second run of rewards none and seed 0" in said
 
 
+def test_runs_that_differ_in_more_than_rewards_and_seed_are_refused(runs, tmp_path):
+    other = shutil.copytree(runs["all"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["args"]["batch"] = 99
+    (other / "config.json").write_text(json.dumps(config))
+    said = fails("compare", runs["none"], other, "--out", tmp_path / "out", *SMALL)
+    assert f"{other} was trained with --batch 99, {runs['none']} with 8" in said
+    (tmp_path / "file").write_text("")
+    assert "is a file" in fails("compare", runs["none"], "--out", tmp_path / "file", *SMALL)
+
+
+def test_runs_that_kept_other_steps_are_refused(runs, tmp_path):
+    other = shutil.copytree(runs["all"], tmp_path / "other")
+    shutil.rmtree(other / "step-000001")
+    (other / "curve.json").unlink(missing_ok=True)
+    said = fails("compare", runs["none"], other, "--out", tmp_path / "out", *SMALL)
+    assert "kept checkpoints at other steps" in said
+
+
+def test_bars_are_in_std_of_the_data_whatever_runs_there_are(runs, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    heights, bar = {}, Axes.bar
+    monkeypatch.setattr(Axes, "bar", lambda self, x, y, *rest, label, **more: (
+        heights.update({label: y}), bar(self, x, y, *rest, label=label, **more))[1])
+    assert run("evaluate.py", "compare", *runs.values(), "--out", tmp_path, *SMALL)[0] == 0
+    found = {name: json.loads((runs[name] / "evaluation.json").read_text())["all=1"]
+             for name in ("none", "all")}
+    std = json.loads((runs["all"] / "config.json").read_text())["score_std"]
+    assert heights["told all"][1:] == pytest.approx(
+        [(found["all"][name] - found["none"][name]) / std[name] for name in ANALYTIC], rel=1e-6)
+
+
 def test_a_baseline_has_no_target_to_sweep(runs):
-    assert "was trained without rewards" in fails("control", runs["none"], "--n", 6)
+    assert "was trained with no reward: control sweeps" in fails("control", runs["none"], "--n", 6)
 
 
 def test_a_flag_out_of_its_range_is_named(folder):

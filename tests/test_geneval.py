@@ -43,7 +43,7 @@ def write_detector(folder: Path) -> None:
             if "class_predictor" in name:
                 p.mul_(30)                                             # sure of something
     net.save_pretrained(folder)
-    Mask2FormerImageProcessor(size={"shortest_edge": 48, "longest_edge": 96},
+    Mask2FormerImageProcessor(size={"height": 384, "width": 384},
                               size_divisor=32).save_pretrained(folder)
 
 
@@ -59,6 +59,12 @@ def write_clip(folder: Path) -> None:
         {"model_cfg": architecture, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.3] * 3}}))
     save_file(open_clip.CLIP(**architecture, quick_gelu=True).state_dict(),
               folder / "open_clip_model.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Pictures of 40 pixels are not looked at in 800."""
+    monkeypatch.setattr(Detector, "SIZE", {"shortest_edge": 48, "longest_edge": 96})
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +223,15 @@ def test_a_folder_of_other_pictures_is_not_continued(tmp_path, monkeypatch):
     command = ["geneval", "generate", str(RELEASE), str(tmp_path / "out"), "--samples", "1",
                "--steps", "1", *map(str, ENCODERS)]
     evaluate.main(command)
-    with pytest.raises(ValueError, match="has pictures of other guidance .None, now 2.0."):
+    with pytest.raises(ValueError, match="has pictures of other guidance .7.0, now 2.0."):
         evaluate.main([*command, "--guidance", "2"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metadata.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="mine has other files: name a new folder"):
+        evaluate.main([*command[:3], str(tmp_path / "mine"), *command[4:]])
+    assert (tmp_path / "mine" / "metadata.jsonl").read_text() == "{}"
+    with pytest.raises(ValueError, match="is a file or lies in one"):
+        evaluate.main([*command[:3], str(tmp_path / "mine" / "metadata.jsonl"), *command[4:]])
 
 
 def test_judging_goes_on_after_the_last_whole_line(judges, pictures):
@@ -233,15 +246,20 @@ def test_judging_goes_on_after_the_last_whole_line(judges, pictures):
     assert f"6 images of 3 prompts; correct: {right / 6:.2%} of the images" in out
 
 
-def test_counting_asks_for_surer_detections(judges, pictures):
-    """The same picture, judged as counting and as colours: thresholds 0.9 and 0.3."""
-    detector = Detector(judges / Detector.SOURCE, CPU)
-    scores = [thing.score for _, thing in detector(
-        Image.open(pictures / "00000" / "samples" / "0000.png").convert("RGB"))]
-    run("evaluate.py", "geneval", "score", pictures, "--models", judges)
-    line = json.loads((pictures / "results.jsonl").read_text().splitlines()[0])
-    seen = [box[4] for group in json.loads(line["details"]).values() for box in group]
-    assert sorted(seen) == pytest.approx(sorted(s for s in scores if s > 0.3), rel=1e-5)
+def test_counting_asks_for_surer_detections(judges, pictures, monkeypatch):
+    """The same picture, judged under another tag: thresholds 0.3 and 0.9."""
+    scores = (0.2, 0.5, 0.8, 0.95)
+    monkeypatch.setattr(Detector, "__call__", lambda self, image: [
+        ("dog", Found((0, 0, 9, 9), score, mask=np.ones((40, 64), bool))) for score in scores])
+    for tag, least in (("single_object", 0.3), ("counting", 0.9)):
+        wanted = dict(tag=tag, prompt="a photo of a dog", include=[{"class": "dog", "count": 1}])
+        (pictures / "00000" / "metadata.jsonl").write_text(json.dumps(wanted))
+        evaluate.main(["geneval", "score", str(pictures), "--models", str(judges)])
+        lines = [json.loads(line) for line in (pictures / "results.jsonl").read_text().splitlines()]
+        assert len(lines) == 6                        # judged anew: its metadata are others now
+        line = next(line for line in lines if line["filename"] == "00000/samples/0000.png")
+        seen = [box[4] for box in json.loads(line["details"])["dog"]]
+        assert seen == [score for score in reversed(scores) if score > least] and line["correct"]
 
 
 def test_mean_rewards_of_a_folder_are_means_over_prompts(models, pictures, shrunk):  # noqa: F811
@@ -313,6 +331,22 @@ def test_damaged_metadata_and_pictures_are_named(judges, pictures):
     assert "00001/metadata.jsonl is not one line" in fails("geneval", "score", pictures)
     (pictures / "00001" / "metadata.jsonl").write_text("{")
     assert "00001/metadata.jsonl is not one line" in fails("geneval", "score", pictures)
+
+
+def test_a_folder_that_lacks_pictures_is_called_partial(judges, pictures):
+    for path in (pictures / "00001" / "samples").iterdir():
+        path.unlink()
+    _, out, _ = run("evaluate.py", "geneval", "score", pictures, "--models", judges)
+    assert "PARTIAL: 1 prompts have no picture" in out and "4 images of 2 prompts" in out
+
+
+def test_a_reward_that_is_not_there_is_named_before_a_picture_is_made(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "run")
+    assert "unknown reward" in fails("rewards", folder, "--rewards", "beauty")
+    assert "no config.json" in fails("rewards", folder, "--rewards", "pick", "--models", tmp_path)
+    assert not (folder / "pictures").exists()
+    assert "is no checkpoint" in fails("rewards", tmp_path, "--targets", "all=1")
+    assert "--out: name a folder" in fails("rewards", "owner/name")
 
 
 def test_a_folder_without_pictures_says_how_to_make_them(tmp_path):
