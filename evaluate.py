@@ -292,11 +292,15 @@ def objects_of(things: Sequence[shapes.Thing], size: int) -> dict[str, list[Foun
     return keep(found, "shapes")
 
 
+def colors_read(group: Sequence[Found], name: str) -> list[str]:
+    """The colours of some objects, as shapes.detect read them."""
+    return [thing.color for thing in group]
+
+
 def verdicts(pictures: torch.Tensor, wanted: Sequence[dict]) -> list[dict]:
     """Pictures uint8 (B, 3, S, S), what must be in them → lines of results.jsonl."""
     seen, size = shapes.detect(pictures), pictures.shape[-1]
-    return [result(f"{number:05d}/samples/0000.png", want, objects_of(things, size),
-                   lambda group, _: [thing.color for thing in group])
+    return [result(f"{number:05d}/samples/0000.png", want, objects_of(things, size), colors_read)
             for number, (things, want) in enumerate(zip(seen, wanted))]
 
 
@@ -308,11 +312,13 @@ def detector_accuracy(n: int, size: int, seed: int = 0) -> dict[str, float]:
         task, rng = TASKS[number % len(TASKS)], np.random.default_rng([seed, 6, number])
         things, claims = shapes.compose(task, rng)
         scene = shapes.Scene(things, rng.uniform(0.3, 0.7), rng.uniform(0.4, 1))
-        picture = torch.from_numpy(shapes.draw(scene, size, rng)).permute(2, 0, 1)[None]
+        picture = torch.from_numpy(shapes.draw(scene, size, rng)).permute(2, 0, 1)
+        seen = shapes.detect(picture[None])[0]
         for kind, said in (("true", claims), ("lies", shapes.lie(claims, rng)[1])):
             want = metadata_of(task, shapes.write(said))
-            truth = judge(want, objects_of(things, size), lambda group, _: [t.color for t in group])
-            found[kind].append(verdicts(picture, [want])[0]["correct"] == truth[0])
+            verdict, truth = (judge(want, objects_of(these, size), colors_read)[0]
+                              for these in (seen, things))
+            found[kind].append(verdict == truth)
     return {kind: float(np.mean(same)) for kind, same in found.items()}
 
 
@@ -667,9 +673,8 @@ def control(model: sample.Model, n: int, columns: int, seed: int = 0) -> dict:
 
     Returns {"levels", "rewards", "measured", others: (R, levels, measured) means in native units}.
     """
-    texts, names = [want["prompt"] for want in benchmark(n, seed)], ANALYTIC
-    values = np.linspace(0, 1, columns).round(4).tolist()
-    found = {"levels": values, "rewards": model.rewards, "measured": names, "prompts": n}
+    wanted, values = benchmark(n, seed), np.linspace(0, 1, columns).round(4).tolist()
+    found = {"levels": values, "rewards": model.rewards, "measured": ANALYTIC, "prompts": n}
     total = 2 * len(model.rewards) * columns
     with tqdm(total=total, desc="sweeping", unit="level", leave=False) as bar:
         for others in (1.0, 0.5):
@@ -677,10 +682,9 @@ def control(model: sample.Model, n: int, columns: int, seed: int = 0) -> dict:
             for name in model.rewards:
                 matrix.append([])
                 for value in values:
-                    s_pos = levels(model, n, f"all={others}", f"{name}={value}")
-                    pictures = sample.generate(model, texts, s_pos, torch.zeros_like(s_pos),
-                                               list(range(n)))
-                    matrix[-1].append(score_all(names, pictures, texts).mean(0).tolist())
+                    targets = [f"all={others}", f"{name}={value}"]
+                    scores = measure(model, wanted, range(n), targets)[1]
+                    matrix[-1].append(scores.mean(0).tolist())
                     bar.update()
     return found
 
@@ -1101,7 +1105,7 @@ def generate_command(args, device: torch.device) -> Path:
     else:
         wanted = read_wanted(args.prompts) if args.prompts else benchmark(600)
         names = rewards.choose_rewards(args.rewards, [(want["prompt"],) for want in wanted])
-        rewards.available(names, args.models, args.keep_going)          # before anything is made
+        args.rewards = ",".join(rewards.available(names, args.models, args.keep_going))
     folder = Path(args.out or Path(args.source) / "pictures")
     generate_folder(model, wanted, folder, args)
     return folder

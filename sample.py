@@ -38,7 +38,6 @@ SAMPLERS = {                                            # config.json carries it
     "paper": dict(guidance=7.0, steps=50, solver="euler", shift=1.0),            # the release's
 }
 
-
 SHIPPED = Path(__file__).parent / "assets" / "shapes"      # a checkpoint of the embedded world
 
 

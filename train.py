@@ -107,7 +107,6 @@ FREE = ("out", "accumulate", "compile", "recompute", "workers", "log_every", "sa
         "dry_run")                                           # flags that may change on resuming
 
 
-
 # -------------------------------------------------------------------------------------- optimizers
 
 class Muon(torch.optim.Optimizer):
@@ -276,6 +275,15 @@ def save_checkpoint(out: Path, step: int, run: "Run") -> None:
     write_whole(out / f"state-{step:08d}.pt", lambda path: torch.save(state, path))
     for old in sorted(out.glob("state-*.pt"))[:-2]:
         old.unlink()
+
+
+def save_due(out: Path, done: int, run: "Run", args: Args) -> None:
+    """Write what is due after `done` steps: a pair to compare, a checkpoint to resume from."""
+    last = done == args.steps
+    if args.keep_every and (done % args.keep_every == 0 or last):
+        save_pair(out / f"step-{done:06d}", run)
+    if done % args.save_every == 0 or last:
+        save_checkpoint(out, done, run)
 
 
 def save_pair(folder: Path, run: "Run") -> None:
@@ -809,10 +817,8 @@ def main(argv=None):
             grid = sample.progress_grid(shown)
             write_whole(out / f"grid-{done:06d}.png", lambda path: grid.save(path, "png"))
             draw_curves(out)
-        if rank == 0 and args.keep_every and (done % args.keep_every == 0 or done == args.steps):
-            save_pair(out / f"step-{done:06d}", run)
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(out, done, run)
+        if rank == 0:
+            save_due(out, done, run, args)
         began += time.time() - paused                          # img/s counts training alone
     bar.close()
     if world > 1:
