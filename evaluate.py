@@ -11,8 +11,8 @@
 `shapes`, `control` and `compare` measure the embedded world with exact oracles, on captions that
 training never saw (shapes.held_out; their claims it did see, with other endings). `shapes` judges
 as GenEval does (Ghosh et al. 2023, arXiv 2310.11513), and is not GenEval: its things are shapes.
-`geneval` and `rewards` go on where they were stopped, picture by picture; `control` and `compare`
-keep what they have measured beside the run.
+All go on where they were stopped: `geneval` and `rewards` picture by picture, `control` and
+`compare` by measurements of some prompts, which measured.json of the run keeps.
 """
 import argparse
 import hashlib
@@ -332,6 +332,31 @@ def measure(model: sample.Model, wanted: Sequence[dict], seeds: Sequence[int],
     pictures = sample.generate(model, texts, s_pos, torch.zeros_like(s_pos), list(seeds), guidance,
                                steps, progress=progress)
     return pictures, score_all(ANALYTIC, pictures, texts), verdicts(pictures, wanted)
+
+
+def remembered(folder: Path, settings: dict, make: Callable[[], dict]) -> dict:
+    """What a run's measured.json has of these settings; else make it, and keep it there."""
+    file = folder / "measured.json"
+    entries = read_json(file) if file.exists() else []
+    try:
+        if there := [entry["found"] for entry in entries if entry["settings"] == settings]:
+            return there[0]
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{file} is damaged ({first_line(error)}): remove it") from error
+    found = make()
+    write_file(file, json.dumps([*entries, dict(settings=settings, found=found)], indent=1))
+    return found
+
+
+def means(model: sample.Model, folder: Path, n: int, targets: Sequence[str] = ("all=1",),
+          guidance: float | None = None) -> dict[str, float]:
+    """The accuracy and the mean scores of n prompts at some targets, measured once per folder."""
+    def make():
+        _, scores, lines = measure(model, benchmark(n), range(n), targets, guidance)
+        return {"accuracy": accuracies(lines)["overall"]} | dict(
+            zip(ANALYTIC, scores.mean(0).tolist()))
+    return remembered(folder, sampler_of(model, guidance, None) | dict(n=n, targets=list(targets)),
+                      make)
 
 
 def evaluate_shapes(model: sample.Model, n: int = 600, alone: int = 120, seed: int = 0,
@@ -668,12 +693,12 @@ def mean_rewards(folder: Path, args, device: torch.device) -> None:
 
 # ---- control: does each target move its own reward? ----------------------------------------------
 
-def control(model: sample.Model, n: int, columns: int, seed: int = 0) -> dict:
+def control(model: sample.Model, folder: Path, n: int, columns: int) -> dict:
     """The sweep of each target over [0, 1], the others at 1 and at 0.5: n prompts, one noise each.
 
     Returns {"levels", "rewards", "measured", others: (R, levels, measured) means in native units}.
     """
-    wanted, values = benchmark(n, seed), np.linspace(0, 1, columns).round(4).tolist()
+    values = np.linspace(0, 1, columns).round(4).tolist()
     found = {"levels": values, "rewards": model.rewards, "measured": ANALYTIC, "prompts": n}
     total = 2 * len(model.rewards) * columns
     with tqdm(total=total, desc="sweeping", unit="level", leave=False) as bar:
@@ -682,9 +707,8 @@ def control(model: sample.Model, n: int, columns: int, seed: int = 0) -> dict:
             for name in model.rewards:
                 matrix.append([])
                 for value in values:
-                    targets = [f"all={others}", f"{name}={value}"]
-                    scores = measure(model, wanted, range(n), targets)[1]
-                    matrix[-1].append(scores.mean(0).tolist())
+                    there = means(model, folder, n, [f"all={others:g}", f"{name}={value:g}"])
+                    matrix[-1].append([there[measured] for measured in ANALYTIC])
                     bar.update()
     return found
 
@@ -738,41 +762,37 @@ def save_figure(figure, path: Path) -> None:
 
 # ---- compare: convergence, one reward or all, best of N ------------------------------------------
 
-def remembered(file: Path, settings: dict, make: Callable[[], dict]) -> dict:
-    """What a file holds, if it was made with these settings; else make it, and write it."""
-    if file.exists() and (found := read_json(file)).get("settings") == settings:
-        return found
-    found = dict(settings=settings, **make())
-    write_file(file, json.dumps(found, indent=1))
+def curve_of(folder: Path, n: int, device: torch.device, **request) -> dict:
+    """`means` of the checkpoints that a run kept: {"steps", "accuracy", each reward: a list}.
+    request: targets and guidance."""
+    places = sorted(folder.glob("step-*"))
+    found = {"steps": [int(place.name.removeprefix("step-")) for place in places]}
+    for place in tqdm(places, desc=f"{folder.name}: curve", unit="checkpoint", leave=False):
+        for name, value in means(sample.load(place, device), folder, n, **request).items():
+            found.setdefault(name, []).append(value)
     return found
 
 
-def curve_of(folder: Path, n: int, device) -> dict:
-    """Scores of the checkpoints that a run kept: {"steps", "accuracy", each reward: a list}."""
-    found = {"steps": []}
-    wanted = benchmark(n)
-    for place in tqdm(sorted(folder.glob("step-*")), desc=f"{folder.name}: curve", leave=False):
-        _, scores, lines = measure(sample.load(place, device), wanted, range(n))
-        values = (np.mean([line["correct"] for line in lines]), *scores.mean(0))
-        found["steps"].append(int(place.name.removeprefix("step-")))
-        for name, value in zip(("accuracy", *ANALYTIC), values):
-            found.setdefault(name, []).append(float(value))
-    return found
-
-
-def best_of(folder: Path, n: int, candidates: int, device) -> dict:
+def best_of(model: sample.Model, folder: Path, n: int, candidates: int,
+            targets: Sequence[str] = ("all=1",), guidance: float | None = None) -> dict:
     """n prompts, `candidates` pictures each: {reward: the mean best of N at N = 1, 2, 4, ...}, each
     N averaged over all groups that the candidates can be split into."""
-    model, wanted, scores = sample.load(folder, device), benchmark(n), []
-    for number in tqdm(range(n), desc=f"{folder.name}: best of {candidates}", leave=False):
+    wanted, rows = benchmark(n), []
+    sizes = [2 ** k for k in range(candidates.bit_length())]
+
+    def make() -> dict:
         seeds = range(number * candidates, (number + 1) * candidates)
-        scores.append(measure(model, [wanted[number]] * candidates, seeds)[1].numpy())
-    scores, sizes = np.stack(scores), []                                         # (n, N, R)
-    while 2 ** len(sizes) <= candidates:
-        sizes.append(2 ** len(sizes))
-    curves = [scores[:, :candidates // k * k].reshape(n, -1, k, len(ANALYTIC)).max(2).mean((0, 1))
-              for k in sizes]                                                    # (sizes, R)
-    return {"sizes": sizes} | {name: list(map(float, c)) for name, c in zip(ANALYTIC, zip(*curves))}
+        scores = measure(model, [want] * candidates, seeds, targets, guidance)[1].numpy()
+        curves = [scores[:candidates // k * k].reshape(-1, k, len(ANALYTIC)).max(1).mean(0)
+                  for k in sizes]                                                # (sizes, R)
+        return dict(zip(ANALYTIC, np.transpose(curves).tolist()))
+
+    settings = sampler_of(model, guidance, None)
+    settings |= dict(targets=list(targets), candidates=candidates)
+    for number, want in enumerate(tqdm(wanted, desc=f"{folder.name}: best of N", leave=False)):
+        rows.append(remembered(folder, settings | dict(number=number), make))
+    return {"sizes": sizes} | {name: np.mean([row[name] for row in rows], 0).tolist()
+                               for name in ANALYTIC}
 
 
 def kind_of(config: dict) -> str:
@@ -797,55 +817,58 @@ def mean_error(values: Sequence[float], digits: int = 3) -> str:
     return f"{values.mean():.{digits}f}{error}"
 
 
-def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> str:
-    """Measure runs (what was measured before is kept beside them), draw three figures, and return
-    the tables: each number the mean over seeds ± its standard error.
+def runs_of(folders: Sequence[str], device: torch.device) -> dict[str, dict[int, dict]]:
+    """Runs by what they were told and by seed: {kind: {seed: {"folder", "model"}}}, "none" first.
 
-    ValueError: runs differ in more than rewards and seed, or "none" (the baseline) and "all" have
-    no common seed.
+    ValueError: runs differ in more than rewards and seed, kept checkpoints at other steps, or
+    "none" (the baseline) and "all" have no common seed.
     """
-    runs, flags = {}, None                                   # kind → seed → what was measured
+    found, first, kept = {}, None, None
     for folder in map(Path, folders):
         model = sample.load(folder, device)
-        theirs = dict(model.config.get("args", {}))
-        seed = theirs.pop("seed", 0)
-        theirs.pop("rewards", None)
-        flags = flags or theirs
-        if other := [key for key in flags if theirs.get(key) != flags[key]]:
+        flags = dict(model.config.get("args", {}))
+        kind, seed = kind_of(model.config), flags.pop("seed", 0)
+        flags.pop("rewards", None)
+        first = first or flags
+        if other := [key for key in first if flags.get(key) != first[key]]:
             raise ValueError(f"{folder} was trained with --{other[0].replace('_', '-')} "
-                             f"{theirs.get(other[0])}, {folders[0]} with {flags[other[0]]}: runs "
+                             f"{flags.get(other[0])}, {folders[0]} with {first[other[0]]}: runs "
                              "to compare differ in rewards and seed alone")
-        kind = kind_of(model.config)
-        settings = sampler_of(model, None, None) | dict(n=args.n, seed=0)
-        weights = settings["weights"]
-        if seed in runs.setdefault(kind, {}):
+        if seed in found.setdefault(kind, {}):
             raise ValueError(f"{folder} is a second run of rewards {kind} and seed {seed}: name "
                              "one")
-        final = remembered(folder / "evaluation.json", settings,
-                           lambda: evaluate_shapes(model, args.n)[0])
-        runs[kind][seed] = run = dict(final=final["all=1"] | final["accuracy"], folder=folder,
-                                      std=model.config["score_std"])
-        run["final"]["accuracy"] = run["final"].pop("overall")
-        if any(folder.glob("step-*")):
-            run["curve"] = remembered(folder / "curve.json", dict(weights=weights, n=args.curve),
-                                      lambda: curve_of(folder, args.curve, device))
-        if kind in ("none", "all") and args.candidates:
-            run["best"] = remembered(
-                folder / "best_of.json",
-                dict(weights=weights, n=args.best, candidates=args.candidates),
-                lambda: best_of(folder, args.best, args.candidates, device))
-    if not set(runs.get("none", ())) & set(runs.get("all", ())):
+        steps = [place.name for place in sorted(folder.glob("step-*"))]
+        if steps and steps != (kept := kept or steps):
+            raise ValueError(f"{folder} kept checkpoints at other steps ({' '.join(steps)}) than "
+                             f"those before it ({' '.join(kept)}): train with the same "
+                             "--keep-every")
+        found[kind][seed] = dict(folder=folder, model=model)
+    if not set(found.get("none", ())) & set(found.get("all", ())):
+        there = ", ".join(f"{kind} {sorted(seeds)}" for kind, seeds in found.items())
         raise ValueError("compare needs a run with --rewards none and one with all, of one seed: "
-                         f"these are {', '.join(f'{kind} {sorted(runs[kind])}' for kind in runs)}")
-    order = [kind for kind in ("none", *ANALYTIC, "all") if kind in runs]
-    runs = {kind: runs[kind] for kind in (*order, *(kind for kind in runs if kind not in order))}
-    kept = {tuple(run["curve"]["steps"]) for seeds in runs.values() for run in seeds.values()
-            if "curve" in run}
-    if len(kept) > 1:
-        raise ValueError(f"the runs kept checkpoints at other steps ({kept.pop()} and "
-                         f"{kept.pop()}): train them on with the same --keep-every")
+                         f"these are {there}")
+    order = [kind for kind in ("none", *ANALYTIC, "all") if kind in found]
+    return {kind: found[kind] for kind in dict.fromkeys((*order, *found))}
+
+
+def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> str:
+    """Measure runs (each keeps what was measured), draw three figures, and return the tables: each
+    number the mean over seeds ± its standard error. --targets and --guidance are of "all". Curves
+    and best of N are of "none" and "all" alone.
+    """
+    runs = runs_of(folders, device)
+    for kind, seeds in runs.items():
+        request = dict(targets=args.targets, guidance=args.guidance) if kind == "all" else {}
+        for run in seeds.values():
+            run["final"] = means(run["model"], run["folder"], args.n, **request)
+            if kind in ("none", "all") and any(run["folder"].glob("step-*")):
+                run["curve"] = curve_of(run["folder"], args.curve, device, **request)
+            if kind in ("none", "all") and args.candidates:
+                run["best"] = best_of(run["model"], run["folder"], args.best, args.candidates,
+                                      **request)
     draw_rewards(runs, out / "rewards.png")
-    tables = [final_table(runs)]
+    asked = " ".join(args.targets) + ("" if args.guidance is None else f", w {args.guidance:g}")
+    tables = [f"told all: asked for {asked}\n{final_table(runs)}"]
     pairs = [(runs["none"][seed], runs["all"][seed]) for seed in sorted(runs["all"])
              if seed in runs["none"]]
     if all("curve" in run for pair in pairs for run in pair):
@@ -927,7 +950,8 @@ def draw_rewards(runs: dict, path: Path) -> None:
     """All rewards of all runs, as distances from the baseline in std of the data, and accuracy."""
     from matplotlib.figure import Figure
     names = ("accuracy", *ANALYTIC)
-    std = next(iter(runs["all"].values()))["std"] | {"accuracy": 1.0}   # a run knows its own alone
+    model = next(iter(runs["all"].values()))["model"]            # the others know their own alone
+    std = model.config["score_std"] | {"accuracy": 1.0}
     mean = lambda kind, name: np.array([run["final"][name] for run in runs[kind].values()])
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axis, width = figure.subplots(), 0.8 / len(runs)
@@ -1026,6 +1050,9 @@ def read_command(argv=None) -> argparse.Namespace:
     add = command("compare", "convergence, one reward or all, best of N",
                   ("runs", "folders that train.py wrote, with --keep-every for curves", many))
     add("--out", default="runs", help="folder of the figures")
+    add("--targets", nargs="+", default=["all=1"], metavar="REWARD=LEVEL",
+        help="of runs told all; default all=1")
+    add("--guidance", type=float, help="w, of runs told all; default: the checkpoint's")
     add("--n", type=int, default=600, help="prompts of the benchmark")
     add("--curve", type=int, default=120, help="prompts of each point of the curves")
     add("--best", type=int, default=24, help="prompts of best of N")
@@ -1087,9 +1114,8 @@ def control_command(model: sample.Model, folder: Path, args) -> None:
     if not model.rewards or set(model.rewards) - set(ANALYTIC):
         raise ValueError(f"{folder} was trained with {', '.join(model.rewards) or 'no reward'}: "
                          f"control sweeps and measures {', '.join(ANALYTIC)}")
-    found = remembered(folder / "control.json",
-                       sampler_of(model, None, None) | dict(n=args.n, levels=args.levels),
-                       lambda: control(model, args.n, args.levels))
+    found = control(model, folder, args.n, args.levels)
+    write_file(folder / "control.json", json.dumps(found, indent=1))
     print(control_report(model, found))
     draw_control(model, found, folder / "control-sweep.png")
 

@@ -284,8 +284,8 @@ def test_it_is_what_is_sampled_before_anything_is_trained(tmp_path, monkeypatch,
 
 # ---- control -------------------------------------------------------------------------------------
 
-def test_control_sweeps_one_target_and_leaves_the_others_where_they_are(model):
-    found = evaluate.control(model, 6, 3)
+def test_control_sweeps_one_target_and_leaves_the_others_where_they_are(model, folder):
+    found = evaluate.control(model, folder, 6, 3)
     texts = [want["prompt"] for want in evaluate.benchmark(6)]
     for others in (1.0, 0.5):
         s = levels(model, 6, others)
@@ -330,8 +330,8 @@ def test_seeds_become_a_mean_and_its_standard_error():
     assert evaluate.mean_error([0.25]) == "0.250"
 
 
-def test_a_curve_of_best_of_n_averages_over_groups(model, checkpoint):
-    found = evaluate.best_of(checkpoint, 2, 4, CPU)
+def test_a_curve_of_best_of_n_averages_over_groups(model, folder):
+    found = evaluate.best_of(model, folder, 2, 4)
     wanted = evaluate.benchmark(2)
     scores = np.stack([evaluate.measure(model, [wanted[k]] * 4, range(4 * k, 4 * k + 4))[1]
                        for k in range(2)])                                       # (2, 4, R)
@@ -372,18 +372,52 @@ def test_runs_are_compared_in_three_figures_and_three_tables(runs, tmp_path, mon
     assert {path.name for path in tmp_path.iterdir()} == {
         "compare.txt", "convergence.png", "rewards.png", "best_of_n.png"}
     lines = stdout.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["told", "none", "contrast", "all"]
-    final = json.loads((runs["all"] / "evaluation.json").read_text())
-    assert f"{final['all=1']['sharpness']:.3f}" in lines[3]
-    curve = json.loads((runs["all"] / "curve.json").read_text())
-    base = json.loads((runs["none"] / "curve.json").read_text())
+    assert lines[0] == "told all: asked for all=1"
+    assert [line.split()[0] for line in lines[1:5]] == ["told", "none", "contrast", "all"]
+    final = evaluate.means(sample.load(runs["all"], CPU), runs["all"], 6)
+    assert f"{final['sharpness']:.3f}" in lines[4]
+    curve, base = (evaluate.curve_of(runs[name], 6, CPU) for name in ("all", "none"))
     step = evaluate.first_to_reach(curve["steps"], curve["contrast"], base["contrast"][-1])
-    row = next(line for line in lines[5:12] if line.startswith("contrast"))
+    row = next(line for line in lines[6:13] if line.startswith("contrast"))
     speed = ["0", "of", "1"] if step == math.inf else [f"{2 / step:.1f}"]
     assert row.split() == ["contrast", *speed, f"{step:g}"]
     assert curve["steps"] == [1, 2] and "best of N" in stdout
     monkeypatch.setattr(sample, "generate", None)                            # all is remembered
     assert run(*command)[1] == stdout
+
+
+def test_what_all_is_asked_for_is_a_flag_and_other_runs_keep_their_own(runs, tmp_path):
+    places = {name: shutil.copytree(runs[name], tmp_path / name) for name in ("none", "all")}
+    out = tmp_path / "out"
+    code, stdout, stderr = run("evaluate.py", "compare", *places.values(), "--out", out, *SMALL,
+                               "--guidance", 2, "--targets", "all=0.5", "alignment=1")
+    assert code == 0, stderr
+    assert stdout.startswith("told all: asked for all=0.5 alignment=1, w 2\n")
+    model, wanted = sample.load(places["all"], CPU), evaluate.benchmark(6)
+    _, scores, _ = evaluate.measure(model, wanted, range(6), ["all=0.5", "alignment=1"], 2.0)
+    table = {line.split()[0]: line.split() for line in stdout.splitlines()[2:4]}
+    assert table["all"][3:] == [f"{value:.3f}" for value in scores.mean(0)]
+    _, scores, _ = evaluate.measure(sample.load(places["none"], CPU), wanted, range(6))
+    assert table["none"][3:] == [f"{value:.3f}" for value in scores.mean(0)]
+
+
+def test_measurements_are_kept_one_by_one(folder, monkeypatch):
+    model, made = sample.load(folder, CPU), []
+    measure = evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda *all_: (made.append(all_), measure(*all_))[1])
+    evaluate.control(model, folder, 6, 2)
+    assert len(made) == 20
+    kept = json.loads((folder / "measured.json").read_text())
+    (folder / "measured.json").write_text(json.dumps(kept[:13]))              # stopped after these
+    before = evaluate.control(model, folder, 6, 2)
+    assert len(made) == 27 and json.loads((folder / "measured.json").read_text()) == kept
+    evaluate.best_of(model, folder, 2, 2)
+    assert len(made) == 29 and evaluate.control(model, folder, 6, 2) == before
+    evaluate.best_of(model, folder, 3, 2)
+    assert len(made) == 30
+    (folder / "measured.json").write_text('{"no": "list"}')
+    with pytest.raises(ValueError, match="measured.json is damaged"):
+        evaluate.best_of(model, folder, 3, 2)
 
 
 def test_runs_without_kept_checkpoints_have_the_final_table_alone(runs, tmp_path):
@@ -434,7 +468,6 @@ def test_runs_that_differ_in_more_than_rewards_and_seed_are_refused(runs, tmp_pa
 def test_runs_that_kept_other_steps_are_refused(runs, tmp_path):
     other = shutil.copytree(runs["all"], tmp_path / "other")
     shutil.rmtree(other / "step-000001")
-    (other / "curve.json").unlink(missing_ok=True)
     said = fails("compare", runs["none"], other, "--out", tmp_path / "out", *SMALL)
     assert "kept checkpoints at other steps" in said
 
@@ -445,7 +478,7 @@ def test_bars_are_in_std_of_the_data_whatever_runs_there_are(runs, tmp_path, mon
     monkeypatch.setattr(Axes, "bar", lambda self, x, y, *rest, label, **more: (
         heights.update({label: y}), bar(self, x, y, *rest, label=label, **more))[1])
     assert run("evaluate.py", "compare", *runs.values(), "--out", tmp_path, *SMALL)[0] == 0
-    found = {name: json.loads((runs[name] / "evaluation.json").read_text())["all=1"]
+    found = {name: evaluate.means(sample.load(runs[name], CPU), runs[name], 6)
              for name in ("none", "all")}
     std = json.loads((runs["all"] / "config.json").read_text())["score_std"]
     assert heights["told all"][1:] == pytest.approx(
