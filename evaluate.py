@@ -11,8 +11,8 @@
 `shapes`, `control` and `compare` measure the embedded world with exact oracles, on captions that
 training never saw (shapes.held_out; their claims it did see, with other endings). `shapes` judges
 as GenEval does (Ghosh et al. 2023, arXiv 2310.11513), and is not GenEval: its things are shapes.
-All go on where they were stopped: `geneval` and `rewards` picture by picture, `control` and
-`compare` by measurements of some prompts, which measured.json of the run keeps.
+`geneval` and `rewards` go on where they were stopped, picture by picture; `control` and `compare`
+measurement by measurement, which the run's measured.json keeps.
 """
 import argparse
 import hashlib
@@ -153,7 +153,7 @@ def write_file(path: Path, text: str) -> None:
     shapes.replace(path, text.encode())
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict | list:
     """A file of this script. ValueError: it is damaged."""
     try:
         return json.loads(file.read_text())
@@ -200,7 +200,7 @@ def sampler_of(model: sample.Model, guidance: float | None, steps: int | None) -
     """The weights and what generates with them; None takes the checkpoint's own."""
     asked = {key: value for key, value in (("guidance", guidance), ("steps", steps))
              if value is not None}
-    return dict(weights=digest(model), **model.config["sampler"] | asked)
+    return dict(weights=digest_of(model), **model.config["sampler"] | asked)
 
 
 def levels(model: sample.Model, n: int, *targets: str) -> torch.Tensor:
@@ -209,7 +209,12 @@ def levels(model: sample.Model, n: int, *targets: str) -> torch.Tensor:
     return torch.tensor([row] * n).view(n, len(row))
 
 
-def digest(model: sample.Model) -> str:
+def digest(value) -> str:
+    """16 hex digits of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def digest_of(model: sample.Model) -> str:
     """16 hex digits of the weights."""
     found = hashlib.sha256()
     for tensor in model.net.state_dict().values():
@@ -228,7 +233,7 @@ def generate_folder(model: sample.Model, wanted: Sequence[dict], out: Path, args
         targets=args.targets, negative_prompt=args.negative_prompt, samples=args.samples,
         seed=args.seed, text_encoder=model.encoder.config().get("source"),
         vae=model.vae and model.vae.source,
-        prompts=hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16])
+        prompts=digest(wanted))
     if out.exists() and not out.is_dir() or any(part.is_file() for part in out.parents):
         raise ValueError(f"{out} is a file or lies in one: name another folder")
     if file.exists():
@@ -337,26 +342,41 @@ def measure(model: sample.Model, wanted: Sequence[dict], seeds: Sequence[int],
 def remembered(folder: Path, settings: dict, make: Callable[[], dict]) -> dict:
     """What a run's measured.json has of these settings; else make it, and keep it there."""
     file = folder / "measured.json"
-    entries = read_json(file) if file.exists() else []
-    try:
-        if there := [entry["found"] for entry in entries if entry["settings"] == settings]:
-            return there[0]
-    except (TypeError, LookupError) as error:
-        raise ValueError(f"{file} is damaged ({first_line(error)}): remove it") from error
+
+    def read() -> list[tuple[dict, dict]]:
+        try:
+            return [(entry["settings"], entry["found"]) for entry in read_json(file)] \
+                if file.exists() else []
+        except (TypeError, LookupError) as error:
+            raise ValueError(f"{file} is damaged ({first_line(error)}): remove it") from error
+
+    for known, found in read():
+        if known == settings:
+            return found
     found = make()
-    write_file(file, json.dumps([*entries, dict(settings=settings, found=found)], indent=1))
+    entries = [*read(), (settings, found)]             # another command may have added some since
+    write_file(file, json.dumps([dict(settings=s, found=f) for s, f in entries], indent=1))
     return found
 
 
-def means(model: sample.Model, folder: Path, n: int, targets: Sequence[str] = ("all=1",),
-          guidance: float | None = None) -> dict[str, float]:
+def settings_of(model: sample.Model, targets: Sequence[str], guidance: float | None,
+                **more) -> dict:
+    """All that the scores of some pictures depend on, as measured.json keeps it."""
+    return sampler_of(model, guidance, None) | more | dict(
+        s=levels(model, 1, *targets)[0].tolist(),
+        scorers={name: version for name, (_, version) in rewards.SCORERS.items()})
+
+
+def mean_scores(model: sample.Model, folder: Path, n: int, targets: Sequence[str] = ("all=1",),
+                guidance: float | None = None) -> dict[str, float]:
     """The accuracy and the mean scores of n prompts at some targets, measured once per folder."""
-    def make():
-        _, scores, lines = measure(model, benchmark(n), range(n), targets, guidance)
+    wanted = benchmark(n)
+
+    def make() -> dict[str, float]:
+        _, scores, lines = measure(model, wanted, range(n), targets, guidance)
         return {"accuracy": accuracies(lines)["overall"]} | dict(
             zip(ANALYTIC, scores.mean(0).tolist()))
-    return remembered(folder, sampler_of(model, guidance, None) | dict(n=n, targets=list(targets)),
-                      make)
+    return remembered(folder, settings_of(model, targets, guidance, prompts=digest(wanted)), make)
 
 
 def evaluate_shapes(model: sample.Model, n: int = 600, alone: int = 120, seed: int = 0,
@@ -696,10 +716,10 @@ def mean_rewards(folder: Path, args, device: torch.device) -> None:
 def control(model: sample.Model, folder: Path, n: int, columns: int) -> dict:
     """The sweep of each target over [0, 1], the others at 1 and at 0.5: n prompts, one noise each.
 
-    Returns {"levels", "rewards", "measured", others: (R, levels, measured) means in native units}.
+    Returns {"levels", "rewards", others: (R, levels, R) means in native units}.
     """
     values = np.linspace(0, 1, columns).round(4).tolist()
-    found = {"levels": values, "rewards": model.rewards, "measured": ANALYTIC, "prompts": n}
+    found = {"levels": values, "rewards": model.rewards}
     total = 2 * len(model.rewards) * columns
     with tqdm(total=total, desc="sweeping", unit="level", leave=False) as bar:
         for others in (1.0, 0.5):
@@ -707,31 +727,32 @@ def control(model: sample.Model, folder: Path, n: int, columns: int) -> dict:
             for name in model.rewards:
                 matrix.append([])
                 for value in values:
-                    there = means(model, folder, n, [f"all={others:g}", f"{name}={value:g}"])
-                    matrix[-1].append([there[measured] for measured in ANALYTIC])
+                    targets = [f"all={others:g}", f"{name}={value:g}"]
+                    there = mean_scores(model, folder, n, targets)
+                    matrix[-1].append([there[measured] for measured in model.rewards])
                     bar.update()
     return found
 
 
 def control_report(model: sample.Model, found: dict) -> str:
-    """For each target (row) how far it moves each measured reward (column) from 0 to 1, in std of
-    the data; Spearman's rank correlation of the levels with its own; cross-talk: the mean size of
-    the others' moves over its own."""
+    """For each target (row) how far it moves each reward (column) from 0 to 1, in std of the data;
+    Spearman's rank correlation of the levels with its own; cross-talk: the mean size of the others'
+    moves over its own."""
     from scipy.stats import spearmanr                       # here: the tables alone need it
-    std = np.array([model.config["score_std"].get(name) or np.nan for name in found["measured"]])
+    names = found["rewards"]
+    std = np.array([model.config["score_std"][name] or np.nan for name in names])
     lines = []
     for others in ("others=1", "others=0.5"):
-        means = np.array(found[others])                                          # (R, levels, R')
-        moves = (means[:, -1] - means[:, 0]) / std                               # (R, R')
-        lines.append(f"{others:14}" + "".join(f"{name[:9]:>10}" for name in found["measured"])
+        sweeps = np.array(found[others])                                         # (R, levels, R)
+        moves = (sweeps[:, -1] - sweeps[:, 0]) / std                             # (R, R)
+        lines.append(f"{others:14}" + "".join(f"{name[:9]:>10}" for name in names)
                      + f"{'Spearman':>10}{'cross-talk':>12}")
-        for name, row, sweep in zip(found["rewards"], moves, means):
-            own = found["measured"].index(name)
-            curve = sweep[:, own]
+        for own, (name, row, sweep) in enumerate(zip(names, moves, sweeps)):
+            curve, rest = sweep[:, own], np.abs(np.delete(row, own))
             order = spearmanr(found["levels"], curve).statistic if np.ptp(curve) else np.nan
-            rest = np.nanmean(np.abs(np.delete(row, own))) / max(abs(row[own]), 1e-9)
+            talk = np.nanmean(rest) / max(abs(row[own]), 1e-9) if len(rest) else np.nan
             lines.append(f"{name:14}" + "".join(f"{move:10.2f}" for move in row)
-                         + f"{order:10.3f}{rest:12.2f}")
+                         + f"{order:10.3f}{talk:12.2f}")
     return "\n".join(lines)
 
 
@@ -743,8 +764,8 @@ def draw_control(model: sample.Model, found: dict, path: Path) -> None:
     axes = figure.subplots(2, len(names), sharex=True, sharey=True, squeeze=False)
     for row, others in zip(axes, ("others=1", "others=0.5")):
         for axis, name, sweep in zip(row, names, np.array(found[others])):
-            for j, measured in enumerate(found["measured"]):
-                std = model.config["score_std"].get(measured) or float("nan")
+            for j, measured in enumerate(names):
+                std = model.config["score_std"][measured] or float("nan")
                 axis.plot(found["levels"], (sweep[:, j] - sweep[0, j]) / std, label=measured,
                           linewidth=3 if measured == name else 1)
             axis.set(title=f"target {name}, {others}", xlabel="target")
@@ -762,35 +783,40 @@ def save_figure(figure, path: Path) -> None:
 
 # ---- compare: convergence, one reward or all, best of N ------------------------------------------
 
-def curve_of(folder: Path, n: int, device: torch.device, **request) -> dict:
-    """`means` of the checkpoints that a run kept: {"steps", "accuracy", each reward: a list}.
-    request: targets and guidance."""
-    places = sorted(folder.glob("step-*"))
-    found = {"steps": [int(place.name.removeprefix("step-")) for place in places]}
-    for place in tqdm(places, desc=f"{folder.name}: curve", unit="checkpoint", leave=False):
-        for name, value in means(sample.load(place, device), folder, n, **request).items():
+def kept(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints that a run kept: (step, folder), in order."""
+    return sorted((int(place.name[5:]), place) for place in folder.glob("step-*")
+                  if place.name[5:].isdigit())
+
+
+def curve_of(folder: Path, n: int, device: torch.device, targets: Sequence[str] = ("all=1",),
+             guidance: float | None = None) -> dict:
+    """The mean scores of the checkpoints that a run kept: {"steps", "accuracy", each reward: a
+    list}."""
+    found = {"steps": [step for step, _ in kept(folder)]}
+    for _, place in tqdm(kept(folder), desc=f"{folder.name}: curve", unit="step", leave=False):
+        model = sample.load(place, device)
+        for name, value in mean_scores(model, folder, n, targets, guidance).items():
             found.setdefault(name, []).append(value)
     return found
 
 
 def best_of(model: sample.Model, folder: Path, n: int, candidates: int,
             targets: Sequence[str] = ("all=1",), guidance: float | None = None) -> dict:
-    """n prompts, `candidates` pictures each: {reward: the mean best of N at N = 1, 2, 4, ...}, each
-    N averaged over all groups that the candidates can be split into."""
-    wanted, rows = benchmark(n), []
-    sizes = [2 ** k for k in range(candidates.bit_length())]
+    """n prompts, `candidates` pictures each: {"sizes": N = 1, 2, 4, ..., each reward: the mean best
+    of N}, each N averaged over all groups that the candidates can be split into."""
+    sizes, rows = [2 ** k for k in range(candidates.bit_length())], []
 
-    def make() -> dict:
+    def make(number: int, want: dict) -> dict:
         seeds = range(number * candidates, (number + 1) * candidates)
         scores = measure(model, [want] * candidates, seeds, targets, guidance)[1].numpy()
-        curves = [scores[:candidates // k * k].reshape(-1, k, len(ANALYTIC)).max(1).mean(0)
-                  for k in sizes]                                                # (sizes, R)
+        curves = [scores.reshape(-1, k, len(ANALYTIC)).max(1).mean(0) for k in sizes]
         return dict(zip(ANALYTIC, np.transpose(curves).tolist()))
 
-    settings = sampler_of(model, guidance, None)
-    settings |= dict(targets=list(targets), candidates=candidates)
-    for number, want in enumerate(tqdm(wanted, desc=f"{folder.name}: best of N", leave=False)):
-        rows.append(remembered(folder, settings | dict(number=number), make))
+    settings = settings_of(model, targets, guidance, candidates=candidates)
+    for number, want in enumerate(tqdm(benchmark(n), desc=f"{folder.name}: best", leave=False)):
+        rows.append(remembered(folder, settings | dict(number=number, prompts=digest(want)),
+                               lambda: make(number, want)))
     return {"sizes": sizes} | {name: np.mean([row[name] for row in rows], 0).tolist()
                                for name in ANALYTIC}
 
@@ -823,25 +849,27 @@ def runs_of(folders: Sequence[str], device: torch.device) -> dict[str, dict[int,
     ValueError: runs differ in more than rewards and seed, kept checkpoints at other steps, or
     "none" (the baseline) and "all" have no common seed.
     """
-    found, first, kept = {}, None, None
+    found, first, steps = {}, None, None
     for folder in map(Path, folders):
         model = sample.load(folder, device)
         flags = dict(model.config.get("args", {}))
         kind, seed = kind_of(model.config), flags.pop("seed", 0)
         flags.pop("rewards", None)
-        first = first or flags
-        if other := [key for key in first if flags.get(key) != first[key]]:
+        first = first or dict(flags=flags, mean=model.config["mean"])
+        if other := [key for key in first["flags"] if flags.get(key) != first["flags"][key]]:
             raise ValueError(f"{folder} was trained with --{other[0].replace('_', '-')} "
-                             f"{flags.get(other[0])}, {folders[0]} with {first[other[0]]}: runs "
-                             "to compare differ in rewards and seed alone")
+                             f"{flags.get(other[0])}, {folders[0]} with {first['flags'][other[0]]}"
+                             ": runs to compare differ in rewards and seed alone")
+        if not np.allclose(model.config["mean"], first["mean"], 1e-6):
+            raise ValueError(f"{folder} was trained on other pictures than {folders[0]} (their "
+                             "mean differs): runs to compare share their data")
         if seed in found.setdefault(kind, {}):
             raise ValueError(f"{folder} is a second run of rewards {kind} and seed {seed}: name "
                              "one")
-        steps = [place.name for place in sorted(folder.glob("step-*"))]
-        if steps and steps != (kept := kept or steps):
-            raise ValueError(f"{folder} kept checkpoints at other steps ({' '.join(steps)}) than "
-                             f"those before it ({' '.join(kept)}): train with the same "
-                             "--keep-every")
+        mine = [step for step, _ in kept(folder)]
+        if mine and mine != (steps := steps or mine):
+            raise ValueError(f"{folder} kept checkpoints at other steps ({mine}) than those before "
+                             f"it ({steps}): let it finish, or train with the same --keep-every")
         found[kind][seed] = dict(folder=folder, model=model)
     if not set(found.get("none", ())) & set(found.get("all", ())):
         there = ", ".join(f"{kind} {sorted(seeds)}" for kind, seeds in found.items())
@@ -857,15 +885,18 @@ def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> st
     and best of N are of "none" and "all" alone.
     """
     runs = runs_of(folders, device)
+    for run in runs["all"].values():
+        levels(run["model"], 1, *args.targets)            # a wrong one stops before hours are spent
     for kind, seeds in runs.items():
-        request = dict(targets=args.targets, guidance=args.guidance) if kind == "all" else {}
+        asked = (args.targets, args.guidance) if kind == "all" else ()
         for run in seeds.values():
-            run["final"] = means(run["model"], run["folder"], args.n, **request)
-            if kind in ("none", "all") and any(run["folder"].glob("step-*")):
-                run["curve"] = curve_of(run["folder"], args.curve, device, **request)
-            if kind in ("none", "all") and args.candidates:
-                run["best"] = best_of(run["model"], run["folder"], args.best, args.candidates,
-                                      **request)
+            run["final"] = mean_scores(run["model"], run["folder"], args.n, *asked)
+            if kind in ("none", "all"):
+                if kept(run["folder"]):
+                    run["curve"] = curve_of(run["folder"], args.curve, device, *asked)
+                if args.candidates:
+                    run["best"] = best_of(run["model"], run["folder"], args.best, args.candidates,
+                                          *asked)
     draw_rewards(runs, out / "rewards.png")
     asked = " ".join(args.targets) + ("" if args.guidance is None else f", w {args.guidance:g}")
     tables = [f"told all: asked for {asked}\n{final_table(runs)}"]
@@ -874,7 +905,7 @@ def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> st
     if all("curve" in run for pair in pairs for run in pair):
         draw_convergence(runs, out / "convergence.png")
         tables.append(speed_table(pairs))
-    if all("best" in run for pair in pairs for run in pair):
+    if args.candidates:
         draw_best(runs, out / "best_of_n.png")
         tables.append(best_table(pairs))
     return "\n\n".join(tables)
@@ -891,24 +922,27 @@ def final_table(runs: dict) -> str:
 
 
 def speed_table(pairs: Sequence[tuple]) -> str:
-    """The baseline's steps over those at which "all" first reaches the baseline's final score; if
-    not all seeds do, how many."""
-    lines = [f"{'speed-up':14}{'times':>17}   at step (seed by seed)"]
+    """The baseline's steps over those from which on "all" has at least the baseline's final score;
+    if not all seeds do, how many. At the first kept step it is at least so many times."""
+    lines = [f"{'speed-up':14}{'times':>17}   reached for good at step (seed by seed)"]
     for name in ("accuracy", *ANALYTIC):
         steps = [first_to_reach(run["curve"]["steps"], run["curve"][name], base["curve"][name][-1])
                  for base, run in pairs]
-        times = [base["curve"]["steps"][-1] / step for step, (base, _) in zip(steps, pairs)]
-        cell = mean_error(times, 1) if all(times) else f"{np.count_nonzero(times)} of {len(times)}"
+        first, last = (pairs[0][0]["curve"]["steps"][k] for k in (0, -1))
+        times = [last / step for step in steps]
+        cell = "≥ " * (first in steps) + mean_error(times, 1)
+        if not all(times):
+            cell = f"{np.count_nonzero(times)} of {len(times)}"
         lines.append(f"{name:14}{cell:>17}   " + " ".join(f"{step:g}" for step in steps))
     return "\n".join(lines)
 
 
 def best_table(pairs: Sequence[tuple]) -> str:
     """One picture of "all" beside the baseline's best of N, by each reward; and the smallest N
-    whose best, of "all", beats the baseline's best of all its candidates."""
+    whose best, of "all", is at least the baseline's best of all its candidates."""
     sizes = pairs[0][0]["best"]["sizes"]
     lines = [f"{'best of N':14}{'baseline, 1':>17}{f'baseline, {sizes[-1]}':>17}{'all, 1':>17}"
-             f"{f'all, {sizes[-1]}':>17}   N of all that beats it (seed by seed)"]
+             f"{f'all, {sizes[-1]}':>17}   N of all that reaches it (seed by seed)"]
     for name in ANALYTIC:
         curves = [[run["best"][name] for run in pair] for pair in pairs]
         cells = [mean_error([curve[k][at] for curve in curves])
@@ -930,7 +964,7 @@ def draw_band(axis, x: Sequence, curves: Sequence[Sequence], label: str) -> None
 
 
 def draw_convergence(runs: dict, path: Path) -> None:
-    """Accuracy and rewards against steps, of the runs that kept checkpoints."""
+    """Accuracy and rewards against steps, of "none" and "all"."""
     from matplotlib.figure import Figure
     names = ("accuracy", *ANALYTIC)
     figure = Figure(figsize=(15, 6.5), layout="constrained")
@@ -952,11 +986,11 @@ def draw_rewards(runs: dict, path: Path) -> None:
     names = ("accuracy", *ANALYTIC)
     model = next(iter(runs["all"].values()))["model"]            # the others know their own alone
     std = model.config["score_std"] | {"accuracy": 1.0}
-    mean = lambda kind, name: np.array([run["final"][name] for run in runs[kind].values()])
+    by_seed = lambda kind, name: np.array([run["final"][name] for run in runs[kind].values()])
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axis, width = figure.subplots(), 0.8 / len(runs)
     for k, kind in enumerate(runs):
-        values = [(mean(kind, name) - mean("none", name).mean()) / (std[name] or np.nan)
+        values = [(by_seed(kind, name) - by_seed("none", name).mean()) / (std[name] or np.nan)
                   for name in names]
         error = [v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
         x = np.arange(len(names)) + (k - (len(runs) - 1) / 2) * width
@@ -975,7 +1009,7 @@ def draw_best(runs: dict, path: Path) -> None:
     figure = Figure(figsize=(15, 3.5), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(ANALYTIC)), ANALYTIC):
         for kind in ("none", "all"):
-            curves = [run["best"] for run in runs[kind].values() if "best" in run]
+            curves = [run["best"] for run in runs[kind].values()]
             draw_band(axis, curves[0]["sizes"], [curve[name] for curve in curves], kind)
         axis.set(title=name, xlabel="best of N", xscale="log")
         axis.legend()
@@ -1056,7 +1090,7 @@ def read_command(argv=None) -> argparse.Namespace:
     add("--n", type=int, default=600, help="prompts of the benchmark")
     add("--curve", type=int, default=120, help="prompts of each point of the curves")
     add("--best", type=int, default=24, help="prompts of best of N")
-    add("--candidates", type=int, default=128, help="the largest N; 0: no best of N")
+    add("--candidates", type=int, default=128, help="the largest N, a power of 2; 0: none")
     add = command("rewards", "mean scores of pictures",
                   ("source", "checkpoint, or folder of pictures with metadata.jsonl", one))
     add("--rewards", default="analytic", help="analytic, all (the paper's seven), or a,b,c")
@@ -1078,6 +1112,8 @@ def read_command(argv=None) -> argparse.Namespace:
         if value is not None and not low <= value < 2 ** 62:                     # not: NaN, too
             tasks = ", one prompt a task" * (low == len(TASKS))
             raise ValueError(f"--{key} must be at least {low}{tasks}")
+    if args.command == "compare" and args.candidates & (args.candidates - 1):
+        raise ValueError(f"--candidates {args.candidates} must be a power of 2, or 0")
     return args
 
 
@@ -1115,7 +1151,6 @@ def control_command(model: sample.Model, folder: Path, args) -> None:
         raise ValueError(f"{folder} was trained with {', '.join(model.rewards) or 'no reward'}: "
                          f"control sweeps and measures {', '.join(ANALYTIC)}")
     found = control(model, folder, args.n, args.levels)
-    write_file(folder / "control.json", json.dumps(found, indent=1))
     print(control_report(model, found))
     draw_control(model, found, folder / "control-sweep.png")
 

@@ -331,6 +331,9 @@ def same_run(found: dict, wanted: dict, out: Path) -> None:
         if pair[0] != pair[1]:
             raise ValueError(f"{out} was begun on other pictures, captions or scores ({key} have "
                              "changed): pass --out for another folder")
+    if not np.allclose(found["mean"], wanted["mean"], 1e-6):
+        raise ValueError(f"{out} was begun on other pictures (their mean has changed): pass --out "
+                         "for another folder")
 
 
 # -------------------------------------------------------------------------------------- the set-up

@@ -298,7 +298,7 @@ def test_the_control_report_divides_by_the_datas_std(model):
     sweep = np.zeros((5, 3, 5))
     sweep[:, :, 0] = [0, 1, 2]                                    # all targets move alignment alone
     sweep[1, :, 1] = [0, 5, 4]
-    found = {"levels": [0, 0.5, 1], "rewards": ANALYTIC, "measured": ANALYTIC,
+    found = {"levels": [0, 0.5, 1], "rewards": ANALYTIC,
              "others=1": sweep.tolist(), "others=0.5": sweep.tolist()}
     lines = evaluate.control_report(model, found).splitlines()
     std = model.config["score_std"]
@@ -374,12 +374,13 @@ def test_runs_are_compared_in_three_figures_and_three_tables(runs, tmp_path, mon
     lines = stdout.splitlines()
     assert lines[0] == "told all: asked for all=1"
     assert [line.split()[0] for line in lines[1:5]] == ["told", "none", "contrast", "all"]
-    final = evaluate.means(sample.load(runs["all"], CPU), runs["all"], 6)
-    assert f"{final['sharpness']:.3f}" in lines[4]
+    _, final, _ = evaluate.measure(sample.load(runs["all"], CPU), evaluate.benchmark(6), range(6))
+    assert lines[4].split()[3:] == [f"{value:.3f}" for value in final.mean(0)]
     curve, base = (evaluate.curve_of(runs[name], 6, CPU) for name in ("all", "none"))
     step = evaluate.first_to_reach(curve["steps"], curve["contrast"], base["contrast"][-1])
     row = next(line for line in lines[6:13] if line.startswith("contrast"))
     speed = ["0", "of", "1"] if step == math.inf else [f"{2 / step:.1f}"]
+    speed = ["≥"] * (step == 1) + speed
     assert row.split() == ["contrast", *speed, f"{step:g}"]
     assert curve["steps"] == [1, 2] and "best of N" in stdout
     monkeypatch.setattr(sample, "generate", None)                            # all is remembered
@@ -401,23 +402,58 @@ def test_what_all_is_asked_for_is_a_flag_and_other_runs_keep_their_own(runs, tmp
     assert table["none"][3:] == [f"{value:.3f}" for value in scores.mean(0)]
 
 
+def test_a_curve_has_the_scores_of_the_kept_checkpoints(runs):
+    curve, wanted = evaluate.curve_of(runs["all"], 6, CPU), evaluate.benchmark(6)
+    for place, step in enumerate((1, 2)):
+        there = sample.load(runs["all"] / f"step-{step:06d}", CPU)
+        _, scores, lines = evaluate.measure(there, wanted, range(6))
+        assert [curve[name][place] for name in ANALYTIC] == pytest.approx(scores.mean(0).tolist())
+        assert curve["accuracy"][place] == evaluate.accuracies(lines)["overall"]
+
+
 def test_measurements_are_kept_one_by_one(folder, monkeypatch):
     model, made = sample.load(folder, CPU), []
     measure = evaluate.measure
     monkeypatch.setattr(evaluate, "measure", lambda *all_: (made.append(all_), measure(*all_))[1])
-    evaluate.control(model, folder, 6, 2)
-    assert len(made) == 20
-    kept = json.loads((folder / "measured.json").read_text())
-    (folder / "measured.json").write_text(json.dumps(kept[:13]))              # stopped after these
     before = evaluate.control(model, folder, 6, 2)
-    assert len(made) == 27 and json.loads((folder / "measured.json").read_text()) == kept
-    evaluate.best_of(model, folder, 2, 2)
-    assert len(made) == 29 and evaluate.control(model, folder, 6, 2) == before
+    assert len(made) == 16               # of 20: "all=1 contrast=1" is "all=1", whatever the reward
+    kept = json.loads((folder / "measured.json").read_text())
+    (folder / "measured.json").write_text(json.dumps(kept[:7]))               # stopped after these
+    assert evaluate.control(model, folder, 6, 2) == before
+    assert len(made) == 25 and json.loads((folder / "measured.json").read_text()) == kept
+    best = evaluate.best_of(model, folder, 2, 2)
+    assert len(made) == 27 and evaluate.best_of(model, folder, 2, 2) == best
     evaluate.best_of(model, folder, 3, 2)
-    assert len(made) == 30
+    assert len(made) == 28
+
+
+def test_what_changed_is_measured_anew(folder, monkeypatch):
+    model, targets = sample.load(folder, CPU), ["all=1"]
+    old = evaluate.mean_scores(model, folder, 6, targets)
+    with torch.no_grad():
+        model.net.patch_out.weight.mul_(-1)
+    new = evaluate.mean_scores(model, folder, 6, targets)
+    assert new != old                                                                 # the weights
+    monkeypatch.setitem(evaluate.rewards.SCORERS, "contrast",
+                        (lambda images, prompts: torch.full((len(images),), 7.0), "other"))
+    assert evaluate.mean_scores(model, folder, 6, targets)["contrast"] == 7           # a scorer
     (folder / "measured.json").write_text('{"no": "list"}')
     with pytest.raises(ValueError, match="measured.json is damaged"):
-        evaluate.best_of(model, folder, 3, 2)
+        evaluate.mean_scores(model, folder, 6, targets)
+
+
+def test_a_wrong_target_stops_a_comparison_before_it_measures(runs, tmp_path):
+    places = [shutil.copytree(runs[name], tmp_path / name,
+                              ignore=shutil.ignore_patterns("measured*"))
+              for name in ("none", "all")]
+    said = fails("compare", *places, "--out", tmp_path / "out", "--targets", "beauty=1", *SMALL)
+    assert "no such reward" in said and not list(tmp_path.rglob("measured.json"))
+
+
+def test_a_run_of_one_reward_is_swept_and_measured_by_it(runs):
+    code, stdout, stderr = run("evaluate.py", "control", runs["contrast"], "--n", 6, "--levels", 2)
+    assert code == 0 and not stderr.count("Warning"), stderr
+    assert stdout.splitlines()[1].split() == ["others=1", "contrast", "Spearman", "cross-talk"]
 
 
 def test_runs_without_kept_checkpoints_have_the_final_table_alone(runs, tmp_path):
@@ -436,7 +472,7 @@ def test_unreached_goals_and_several_seeds_are_told_apart():
         return {"curve": {"steps": [10, 20, 40]} | dict.fromkeys(("accuracy", *ANALYTIC), values)}
     base, fast, slow = of(0, 0, 5), of(5, 6, 7), of(0, 1, 2)
     lines = evaluate.speed_table([(base, fast), (base, of(0, 5, 6))]).splitlines()
-    assert lines[1].split() == ["accuracy", "3.0", "±", "1.0", "10", "20"]
+    assert lines[1].split() == ["accuracy", "≥", "3.0", "±", "1.0", "10", "20"]
     lines = evaluate.speed_table([(base, fast), (base, slow)]).splitlines()
     assert lines[1].split() == ["accuracy", "1", "of", "2", "10", "inf"]
 
@@ -465,6 +501,15 @@ def test_runs_that_differ_in_more_than_rewards_and_seed_are_refused(runs, tmp_pa
     assert "is a file" in fails("compare", runs["none"], "--out", tmp_path / "file", *SMALL)
 
 
+def test_runs_on_other_pictures_are_refused(runs, tmp_path):
+    other = shutil.copytree(runs["all"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["mean"][0] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    said = fails("compare", runs["none"], other, "--out", tmp_path / "out", *SMALL)
+    assert f"{other} was trained on other pictures than {runs['none']}" in said
+
+
 def test_runs_that_kept_other_steps_are_refused(runs, tmp_path):
     other = shutil.copytree(runs["all"], tmp_path / "other")
     shutil.rmtree(other / "step-000001")
@@ -478,7 +523,9 @@ def test_bars_are_in_std_of_the_data_whatever_runs_there_are(runs, tmp_path, mon
     monkeypatch.setattr(Axes, "bar", lambda self, x, y, *rest, label, **more: (
         heights.update({label: y}), bar(self, x, y, *rest, label=label, **more))[1])
     assert run("evaluate.py", "compare", *runs.values(), "--out", tmp_path, *SMALL)[0] == 0
-    found = {name: evaluate.means(sample.load(runs[name], CPU), runs[name], 6)
+    wanted = evaluate.benchmark(6)
+    found = {name: dict(zip(ANALYTIC, evaluate.measure(sample.load(runs[name], CPU), wanted,
+                                                       range(6))[1].mean(0).tolist()))
              for name in ("none", "all")}
     std = json.loads((runs["all"] / "config.json").read_text())["score_std"]
     assert heights["told all"][1:] == pytest.approx(
@@ -494,6 +541,7 @@ def test_a_flag_out_of_its_range_is_named(folder):
         assert f"{flag} must be at least" in fails("shapes", folder, flag, value)
     assert "--levels must be at least 2" in fails("control", folder, "--levels", 1)
     assert "--candidates must be at least 0" in fails("compare", folder, "--candidates", -1)
+    assert "must be a power of 2" in fails("compare", folder, "--candidates", 100)
 
 
 def test_an_unknown_target_is_named(folder):
