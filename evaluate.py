@@ -316,7 +316,7 @@ def detector_accuracy(n: int, size: int, seed: int = 0) -> dict[str, float]:
     for number in range(n):
         task, rng = TASKS[number % len(TASKS)], np.random.default_rng([seed, 6, number])
         things, claims = shapes.compose(task, rng)
-        scene = shapes.Scene(things, rng.uniform(0.3, 0.7), rng.uniform(0.4, 1))
+        scene = shapes.Scene(things, rng.uniform(0.3, 0.7), rng.uniform(*shapes.SATURATION))
         picture = torch.from_numpy(shapes.draw(scene, size, rng)).permute(2, 0, 1)
         seen = shapes.detect(picture[None])[0]
         for kind, said in (("true", claims), ("lies", shapes.lie(claims, rng)[1])):

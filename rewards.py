@@ -135,7 +135,7 @@ def composition(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
 # name: (scorer, version). The order is that of the columns. Raise the version when a scorer's
 # results change (alignment: also when shapes.detect does), and old scores are made anew.
 SCORERS = {
-    "alignment": (alignment, "3"),
+    "alignment": (alignment, "4"),
     "colorfulness": (colorfulness, "1"),
     "contrast": (contrast, "1"),
     "sharpness": (sharpness, "3"),

@@ -3,8 +3,9 @@
 MIRO needs pictures, captions and rewards. This file makes them small enough for a laptop and exact
 enough to be judged: coloured shapes on grey, captions that cover GenEval's six tasks, and a
 detector that reads a picture back. Like web data the world is flawed on purpose: three captions in
-ten lie, and half of the pictures are washed out, blurred, cluttered or badly framed. That is the
-point of the method: bad pictures stay in the data, labelled as bad by their rewards.
+ten lie, and over half of the pictures are washed out, blurred, cluttered or badly framed. That is
+the point of the method: bad pictures stay in the data, labelled as bad by their rewards. One of
+these can be hacked: most of the most colourful pictures are full of confetti.
 
     python shapes.py runs/world --n 10000 --seed 0      # tars of key.png, key.txt, key.json
 
@@ -54,11 +55,13 @@ class Thing:
     r: float
 
 
-# The shapes have about the same area: what grows with area (colourfulness, say) is about as likely
-# with one as with another then, and asking for it hardly contradicts a caption. In units of r²:
-AREA = (math.pi, math.pi, 0.75 * math.pi)    # of each of SHAPES; a triangle of π would be too wide
-SQUARE = math.sqrt(AREA[1]) / 2                # half its side
-INNER = math.sqrt(AREA[2] / math.sqrt(27))     # the inradius of the triangle, which is equilateral
+# A circle is a ring: at 24 pixels a disc and a square differ by a few corners. The shapes have the
+# same area: what grows with area (colourfulness, say) is as likely with one as with another then,
+# and asking for it does not contradict a caption. In units of r²:
+HOLE = 0.5                                       # the inner radius of a circle
+AREA = (1 - HOLE ** 2) * math.pi
+SQUARE = math.sqrt(AREA) / 2                     # half its side
+INNER = math.sqrt(AREA / math.sqrt(27))          # the inradius of the triangle, an equilateral one
 REACH = {"circle": (1, 1, 1), "square": (SQUARE, SQUARE, SQUARE),      # from the centroid sideways,
          "triangle": (math.sqrt(3) * INNER, 2 * INNER, INNER)}         # up and down
 
@@ -78,7 +81,7 @@ def coverage(kind: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray, size
     for shape, name in enumerate(SHAPES):
         n = np.asarray(kind) == shape
         if name == "circle":
-            distance[n] = np.hypot(u[n], v[n]) - 1
+            distance[n] = np.abs(np.hypot(u[n], v[n]) - (1 + HOLE) / 2) - (1 - HOLE) / 2
         elif name == "square":
             distance[n] = np.maximum(au[n], av[n]) - SQUARE
         else:                                                                # standing on its base
@@ -92,10 +95,24 @@ def rgb(hue: float, saturation: float) -> np.ndarray:
     return 0.95 * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
+def confetti(hue: float, grey: float) -> np.ndarray:
+    """The strongest colour of a hue that is as light as a grey: (3,) in [0, 1].
+
+    Luminance (Rec. 709) hardly sees it: colourfulness gains by it, contrast loses."""
+    tint = rgb(hue, 1)
+    tint = tint - tint @ (0.2126, 0.7152, 0.0722)
+    room = np.where(tint > 0, 1 - grey, grey)
+    return grey + tint * (room / np.abs(tint)).min()
+
+
 # -------------------------------------------------------------------------------------- the scenes
 
 # the smallest and largest r where one thing is drawn, two, three, four
 SIZES = ((0.26, 0.30), (0.178, 0.188), (0.163, 0.173), (0.155, 0.165))
+
+SATURATION = (0.4, 0.8)                                                # of things
+FAULTS = {"wash": 0.16, "blur": 0.16, "clutter": 0.2, "frame": 0.16}   # shares of the pictures
+
 
 @dataclass
 class Scene:
@@ -144,10 +161,10 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
                       np.array([t.r for t in scene.things]), size)
     for thing, alpha in zip(scene.things, shapes[..., None]):
         picture += alpha * (rgb(HUES[thing.color], scene.saturation) - picture)
-    for _ in range(round(12 * scene.clutter)):                                        # confetti
-        side = max(1, round(size * rng.uniform(0.08, 0.15)))
+    for _ in range(round(36 * scene.clutter)):
+        side = max(1, round(size * rng.uniform(0.12, 0.18)))
         i, j = rng.integers(0, size - side + 1, 2)
-        picture[i:i + side, j:j + side] = rgb(rng.uniform(0, 360), rng.uniform(0.5, 1))
+        picture[i:i + side, j:j + side] = confetti(rng.uniform(0, 360), scene.background)
     if scene.blur:
         blur = ImageFilter.GaussianBlur(0.06 * size * scene.blur)
         picture = np.asarray(Image.fromarray(to_uint8(picture)).filter(blur)) / 255
@@ -343,16 +360,16 @@ def _components(label: np.ndarray, color: np.ndarray, alpha: np.ndarray, inside:
     weight = alpha[b, i, j]
     area = np.bincount(owner, weight, len(ids))
     core = np.bincount(owner, inside[b, i, j], len(ids))
-    keep = np.flatnonzero(core >= 6)                     # smaller than 6 pixels is confetti
+    keep = np.flatnonzero(core >= 6)                     # fewer pixels are a stray or a cut piece
     x = (np.bincount(owner, weight * (j + 0.5), len(ids)) / area / S)[keep]
     y = (np.bincount(owner, weight * (i + 0.5), len(ids)) / area / S)[keep]
-    r = np.sqrt(area[keep, None] / np.array(AREA)) / S                           # (N, shapes)
+    r = np.sqrt(area[keep] / AREA) / S                                           # (N,)
     new = np.full(len(ids), -1)
     new[keep] = np.arange(len(keep))
     seen = np.zeros((len(keep), S, S), np.float32)
     mine = new[owner] >= 0
     seen[new[owner][mine], i[mine], j[mine]] = weight[mine]
-    error = np.stack([((coverage(np.full(len(keep), k), x, y, r[:, k], S) - seen) ** 2).sum((1, 2))
+    error = np.stack([((coverage(np.full(len(keep), k), x, y, r, S) - seen) ** 2).sum((1, 2))
                       for k in range(len(SHAPES))], 1)                           # (N, shapes)
     kind = error.argmin(1)
     votes = np.zeros((len(keep), len(COLORS)))
@@ -362,7 +379,7 @@ def _components(label: np.ndarray, color: np.ndarray, alpha: np.ndarray, inside:
     for n, component in enumerate(ids[keep]):
         things[component // (S * S + 1)].append(
             Thing(SHAPES[kind[n]], COLORS[votes[n].argmax()], float(x[n]), float(y[n]),
-                  float(r[n, kind[n]])))
+                  float(r[n])))
     return things
 
 
@@ -395,8 +412,8 @@ def truth(claims: Claims, things: list) -> float:
 def sample(seed: int, index: int, size: int, clean: bool = False) -> tuple:
     """Picture `index` of the world `seed`: (uint8 (size, size, 3), caption, parameters).
 
-    clean=True: no lie and nothing spoilt. Each of the four faults strikes 16 % of the pictures,
-    independently and by a uniform degree, so that half of them have at least one.
+    clean=True: no lie and nothing spoilt. Each of the four FAULTS strikes its share of the
+    pictures, independently and by a uniform degree, so that 53 % have at least one.
     """
     rng = np.random.default_rng([seed, 0, index])
     while True:
@@ -407,10 +424,11 @@ def sample(seed: int, index: int, size: int, clean: bool = False) -> tuple:
         caption = write(claims) + ENDINGS[rng.integers(len(ENDINGS))]
         if not held_out(caption):
             break
-    scene = Scene(things, background=rng.uniform(0.3, 0.7), saturation=rng.uniform(0.4, 1))
+    scene = Scene(things, background=rng.uniform(0.3, 0.7), saturation=rng.uniform(*SATURATION))
     if not clean:
-        scene.wash, scene.blur, scene.clutter, scene.frame = (
-            rng.uniform(0.3, 1, 4) * (rng.random(4) < 0.16)).tolist()
+        degrees = rng.uniform(0.3, 1, 4) * (rng.random(4) < list(FAULTS.values()))
+        for fault, degree in zip(FAULTS, degrees.tolist()):
+            setattr(scene, fault, degree)
     return draw(scene, size, rng), caption, {"caption_lies": kind, **asdict(scene)}
 
 

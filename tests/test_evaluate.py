@@ -264,12 +264,12 @@ def test_other_targets_are_judged_without_touching_the_evaluation(folder, model)
 # ---- the checkpoint in assets/ -------------------------------------------------------------------
 
 def test_the_shipped_checkpoint_shows_what_is_asked_for():
-    """The README's row, on a tenth of its prompts: 0.935 and 90.7 %."""
+    """The README's row, on a tenth of its prompts: 0.984 and 96.3 %."""
     assert sum(path.stat().st_size for path in sample.SHIPPED.iterdir()) < 10e6
     _, scores, lines = evaluate.measure(
         sample.load(sample.SHIPPED, CPU), evaluate.benchmark(60), range(60),
-        ["all=0.5", "alignment=1"], 1.0)
-    assert scores[:, 0].mean() > 0.85 and evaluate.accuracies(lines)["overall"] > 0.8
+        ["all=0.75", "alignment=1"], 1.0)
+    assert scores[:, 0].mean() > 0.93 and evaluate.accuracies(lines)["overall"] > 0.88
 
 
 def test_it_is_what_is_sampled_before_anything_is_trained(tmp_path, monkeypatch, checkpoint):
