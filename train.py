@@ -571,6 +571,8 @@ def describe(args: Args, train: Pictures, val: Pictures, s_train: list, bins, en
         prompts=[prompts(task, 1, 0)[0] for task in TASKS] if args.data is None
         else [captions[0] for captions in val.captions[:6]],
         sampler=sample.SAMPLERS[args.preset] | ({} if bins else dict(guidance=0.0)),   # no s⁻
+        targets=sample.WORLD_TARGETS if args.data is None and network["rewards"] == [*ANALYTIC]
+        else [],                                               # beneath --targets; the rest is at 1
         train_samples=len(train), val_samples=len(val),
         args={key: value for key, value in asdict(args).items() if key not in FREE})
 

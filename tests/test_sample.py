@@ -145,6 +145,22 @@ def test_what_is_asked_for_is_printed_and_used(checkpoint, model, tmp_path):
     assert apart(made(model, PROMPTS[:1], guidance=3.0, steps=2), wanted) > 5
 
 
+def test_a_checkpoint_may_say_what_it_is_asked_for_and_the_flag_overrides_it(checkpoint, tmp_path):
+    place = shutil.copytree(checkpoint, tmp_path / "run")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"targets": sample.WORLD_TARGETS}))
+    asked = lambda *flags: next(line for line in command(
+        place, tmp_path / "out", "--prompt", PROMPTS[0], *flags).splitlines() if "targets" in line)
+    assert asked() == ("targets alignment=1, colorfulness=0.75, contrast=0.75, sharpness=0.75, "
+                       "composition=0.75")
+    assert asked("--targets", "contrast=0.5").startswith("targets alignment=1, colorfulness=0.75, "
+                                                         "contrast=0.5, sharpness=0.75")
+    assert asked("--targets", "all=1") == ("targets alignment=1, colorfulness=1, contrast=1, "
+                                           "sharpness=1, composition=1")
+    assert sample.load(sample.SHIPPED, CPU).config["targets"] == sample.WORLD_TARGETS
+    assert config["targets"] == []                           # it was trained on a folder of data
+
+
 # ---- guidance ------------------------------------------------------------------------------------
 
 def test_w_0_equals_no_guidance_whatever_the_negatives(model):

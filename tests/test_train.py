@@ -675,3 +675,5 @@ def test_one_command_makes_scores_and_bins_the_world_and_trains_and_evaluates(
             "evaluation.json", "control.png", "state-00000002.pt")} <= written
     assert not [name for name in written if name.endswith(".tmp")]
     assert "alignment by task at all=1" in stdout and "python sample.py --checkpoint" in stdout
+    config = json.loads((tmp_path / "runs" / "shapes" / "config.json").read_text())
+    assert config["targets"] == sample.WORLD_TARGETS                      # of other data: all=1
