@@ -995,7 +995,7 @@ def draw_rewards(runs: dict, path: Path) -> None:
         error = [v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
         x = np.arange(len(names)) + (k - (len(runs) - 1) / 2) * width
         axis.bar(x, [v.mean() for v in values], width, yerr=error,
-                 label=f"none ({len(values[0])} seeds)" if kind == "none" else f"told {kind}")
+                 label=f"told {'nothing' if kind == 'none' else kind}, seeds: {len(values[0])}")
     axis.axhline(0, color="black", linewidth=0.5)
     axis.set_xticks(range(len(names)), names)
     axis.set(ylabel="above the baseline, std of the data (accuracy: share)")
@@ -1011,7 +1011,8 @@ def draw_best(runs: dict, path: Path) -> None:
         for kind in ("none", "all"):
             curves = [run["best"] for run in runs[kind].values()]
             draw_band(axis, curves[0]["sizes"], [curve[name] for curve in curves], kind)
-        axis.set(title=name, xlabel="best of N", xscale="log")
+        axis.set(title=name, xlabel="best of N")
+        axis.set_xscale("log", base=2)
         axis.legend()
     save_figure(figure, path)
 

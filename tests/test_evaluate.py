@@ -528,7 +528,7 @@ def test_bars_are_in_std_of_the_data_whatever_runs_there_are(runs, tmp_path, mon
                                                        range(6))[1].mean(0).tolist()))
              for name in ("none", "all")}
     std = json.loads((runs["all"] / "config.json").read_text())["score_std"]
-    assert heights["told all"][1:] == pytest.approx(
+    assert heights["told all, seeds: 1"][1:] == pytest.approx(
         [(found["all"][name] - found["none"][name]) / std[name] for name in ANALYTIC], rel=1e-6)
 
 
