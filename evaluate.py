@@ -232,8 +232,7 @@ def generate_folder(model: sample.Model, wanted: Sequence[dict], out: Path, args
     settings = sampler_of(model, args.guidance, args.steps) | dict(
         targets=args.targets, negative_prompt=args.negative_prompt, samples=args.samples,
         seed=args.seed, text_encoder=model.encoder.config().get("source"),
-        vae=model.vae and model.vae.source,
-        prompts=digest(wanted))
+        vae=model.vae and model.vae.source, prompts=digest(wanted))
     if out.exists() and not out.is_dir() or any(part.is_file() for part in out.parents):
         raise ValueError(f"{out} is a file or lies in one: name another folder")
     if file.exists():

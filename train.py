@@ -103,8 +103,7 @@ STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what 
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError,
               TypeError)
 FREE = ("out", "accumulate", "compile", "recompute", "workers", "log_every", "save_every",
-        "keep_every", "sample_every", "text_encoder", "vae",
-        "dry_run")                                           # flags that may change on resuming
+        "keep_every", "sample_every", "text_encoder", "vae", "dry_run")   # may change on resuming
 
 
 # -------------------------------------------------------------------------------------- optimizers
