@@ -891,7 +891,7 @@ def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> st
         for run in seeds.values():
             run["final"] = mean_scores(run["model"], run["folder"], args.n, *asked)
             if kind in ("none", "all"):
-                if kept(run["folder"]):
+                if args.curve and kept(run["folder"]):
                     run["curve"] = curve_of(run["folder"], args.curve, device, *asked)
                 if args.candidates:
                     run["best"] = best_of(run["model"], run["folder"], args.best, args.candidates,
@@ -1088,7 +1088,7 @@ def read_command(argv=None) -> argparse.Namespace:
         help="of runs told all; default all=1")
     add("--guidance", type=float, help="w, of runs told all; default: the checkpoint's")
     add("--n", type=int, default=600, help="prompts of the benchmark")
-    add("--curve", type=int, default=120, help="prompts of each point of the curves")
+    add("--curve", type=int, default=120, help="prompts of each point of the curves; 0: none")
     add("--best", type=int, default=24, help="prompts of best of N")
     add("--candidates", type=int, default=128, help="the largest N, a power of 2; 0: none")
     add = command("rewards", "mean scores of pictures",
@@ -1105,8 +1105,9 @@ def read_command(argv=None) -> argparse.Namespace:
                   ("checkpoints", "folders, shapes or paper", many))
     add("--tokens", type=int, default=77, help="of text")
     args = parser.parse_args(argv)
-    least = dict(n=len(TASKS), curve=len(TASKS), best=1, candidates=0, levels=2, tokens=1,
-                 samples=1, batch=1, steps=1, seed=0, guidance=0)
+    curves = len(TASKS) if getattr(args, "curve", 0) else 0
+    least = dict(n=len(TASKS), curve=curves, best=1, candidates=0, levels=2, tokens=1, samples=1,
+                 batch=1, steps=1, seed=0, guidance=0)
     for key, low in least.items():
         value = getattr(args, key, None)
         if value is not None and not low <= value < 2 ** 62:                     # not: NaN, too

@@ -457,12 +457,14 @@ def test_a_run_of_one_reward_is_swept_and_measured_by_it(runs):
 
 
 def test_runs_without_kept_checkpoints_have_the_final_table_alone(runs, tmp_path):
-    for name in ("none", "all"):
-        shutil.copytree(runs[name], tmp_path / name, ignore=shutil.ignore_patterns("step-*"))
-    code, stdout, stderr = run("evaluate.py", "compare", tmp_path / "none", tmp_path / "all",
-                               "--out", tmp_path / "out", "--n", 6, "--candidates", 0)
-    assert code == 0 and "speed-up" not in stdout and "best of" not in stdout, stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare.txt", "rewards.png"}
+    bare = [shutil.copytree(runs[name], tmp_path / name, ignore=shutil.ignore_patterns("step-*"))
+            for name in ("none", "all")]
+    for places, curve in ((bare, 6), ([runs["none"], runs["all"]], 0)):      # or none is asked for
+        out = tmp_path / f"out-{curve}"
+        code, stdout, stderr = run("evaluate.py", "compare", *places, "--out", out, "--n", 6,
+                                   "--curve", curve, "--candidates", 0)
+        assert code == 0 and "speed-up" not in stdout and "best of" not in stdout, stderr
+        assert {path.name for path in out.iterdir()} == {"compare.txt", "rewards.png"}
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -540,6 +542,7 @@ def test_a_flag_out_of_its_range_is_named(folder):
     for flag, value in (("--n", 5), ("--steps", 0), ("--guidance", "nan"), ("--seed", -1)):
         assert f"{flag} must be at least" in fails("shapes", folder, flag, value)
     assert "--levels must be at least 2" in fails("control", folder, "--levels", 1)
+    assert "--curve must be at least 6" in fails("compare", folder, "--curve", 5)
     assert "--candidates must be at least 0" in fails("compare", folder, "--candidates", -1)
     assert "must be a power of 2" in fails("compare", folder, "--candidates", 100)
 
