@@ -848,20 +848,21 @@ def runs_of(folders: Sequence[str], device: torch.device) -> dict[str, dict[int,
     ValueError: runs differ in more than rewards and seed, kept checkpoints at other steps, or
     "none" (the baseline) and "all" have no common seed.
     """
-    found, first, steps = {}, None, None
+    found, first, steps, means = {}, None, None, {}
     for folder in map(Path, folders):
         model = sample.load(folder, device)
         flags = dict(model.config.get("args", {}))
         kind, seed = kind_of(model.config), flags.pop("seed", 0)
         flags.pop("rewards", None)
-        first = first or dict(flags=flags, mean=model.config["mean"])
-        if other := [key for key in first["flags"] if flags.get(key) != first["flags"][key]]:
+        first = first or flags
+        if other := [key for key in first if flags.get(key) != first[key]]:
             raise ValueError(f"{folder} was trained with --{other[0].replace('_', '-')} "
-                             f"{flags.get(other[0])}, {folders[0]} with {first['flags'][other[0]]}"
+                             f"{flags.get(other[0])}, {folders[0]} with {first[other[0]]}"
                              ": runs to compare differ in rewards and seed alone")
-        if not np.allclose(model.config["mean"], first["mean"], 1e-6):
-            raise ValueError(f"{folder} was trained on other pictures than {folders[0]} (their "
-                             "mean differs): runs to compare share their data")
+        place, mean = means.setdefault(seed, (folder, model.config["mean"]))
+        if not np.allclose(model.config["mean"], mean, 1e-6):      # the seed draws what is kept out
+            raise ValueError(f"{folder} was trained on other pictures than {place} (their mean "
+                             "differs): runs to compare share their data")
         if seed in found.setdefault(kind, {}):
             raise ValueError(f"{folder} is a second run of rewards {kind} and seed {seed}: name "
                              "one")

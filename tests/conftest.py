@@ -2,7 +2,7 @@
 to run a script: in this process, in a process of its own, and in one that is killed on the way."""
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: tensors too small to share
+os.environ["OMP_NUM_THREADS"] = "1"    # before torch: bitwise oracles need one number of threads
 os.environ["CUDA_VISIBLE_DEVICES"] = ""            # oracles are bitwise: one kind of device
 
 import contextlib

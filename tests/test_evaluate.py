@@ -442,6 +442,24 @@ def test_what_changed_is_measured_anew(folder, monkeypatch):
         evaluate.mean_scores(model, folder, 6, targets)
 
 
+def test_runs_of_two_seeds_share_a_table(runs, world, tmp_path):
+    for name in ("none", "all"):
+        code, _, stderr = run("train.py", *TINY, "--data", world, "--rewards", name, "--steps", 2,
+                              "--keep-every", 1, "--seed", 1, "--out", tmp_path / name)
+        assert code == 0, stderr
+    places = [place / name for place in (runs["none"].parent, tmp_path) for name in ("none", "all")]
+    code, stdout, stderr = run("evaluate.py", "compare", *places, "--out", tmp_path / "out", *SMALL)
+    assert code == 0, stderr
+    none, all_, *rest = stdout.splitlines()[2:]
+    assert none.split()[:2] == ["none", "2"] and all_.split()[:2] == ["all", "2"]
+    assert all_.count("±") == 1 + len(ANALYTIC)
+    two = [evaluate.mean_scores(sample.load(place, CPU), place, 6) for place in places[1::2]]
+    assert two[0] != two[1]
+    assert all_.split()[2:5] == evaluate.mean_error([one["accuracy"] for one in two]).split()
+    speed = [line for line in rest if line.startswith("contrast")][0].split()
+    assert all(step in ("1", "2", "inf") for step in speed[-2:]), "a step for each seed"
+
+
 def test_a_wrong_target_stops_a_comparison_before_it_measures(runs, tmp_path):
     places = [shutil.copytree(runs[name], tmp_path / name,
                               ignore=shutil.ignore_patterns("measured*"))
