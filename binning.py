@@ -5,7 +5,7 @@ populated: a rank, free of the reward's scale. s = bin / (B-1), and 1 is the bes
 
     bins = fit(raw, names)        # raw (N, R): N scored pairs of picture and caption, R rewards
     s = bins.to_target(raw)       # (..., R) in [0, 1]; beyond the fitted range: the end bins
-    raw = bins.to_raw(s)          # (..., R): the s-quantile of the fitted scores
+    raw = bins.to_raw(s)          # (..., R): about the s-quantile of the fitted scores
 
 `python binning.py DATA` fits the scores of DATA, writes DATA/bins.json and DATA/bins.png, and
 prints how full the bins are.
@@ -58,7 +58,8 @@ class Bins:
         return (self.place(raw) / self.edges.shape[1]).astype(np.float32)
 
     def to_raw(self, s) -> np.ndarray:
-        """Levels s (..., R) → scores (..., R) float64: the s-quantile, low at 0 and high at 1.
+        """Levels s (..., R) → scores (..., R) float64: low at 0, edge k at k / B, high at 1, and
+        linear in between: there it is the s-quantile but for what the bins leave out.
 
         Level k / (B-1) lies inside bin k, so to_target(to_raw(s)) is s where scores are not tied.
         """
@@ -161,11 +162,12 @@ def load(path) -> Bins:
         raise ValueError(f"{path}: {error}; write it again with python binning.py DATA") from error
 
 
-def occupancy(bins: Bins) -> str:
-    """A line a reward: its range, the share of the scores in its bins (ideal: 1 / B), its ties."""
+def occupancy(bins: Bins, raw: np.ndarray) -> str:
+    """A line a reward of the fitted raw (N, R): its range, the share of the scores in its bins
+    (ideal: 1 / B), its ties."""
     lines = [f"{'reward':14}{'low':>9}{'median':>9}{'high':>9}   % in a bin:{'min':>7}"
              f"{'median':>8}{'max':>7}{'empty bins':>12}{'equal edges':>13}"]
-    median = bins.to_raw(np.full(len(bins.names), 0.5))                          # (R,)
+    median = np.median(raw, 0)                                                   # (R,)
     for r, name in enumerate(bins.names):
         share = 100 * bins.counts[r] / bins.counts[r].sum()                      # (B,)
         lines.append(f"{name:14}{bins.low[r]:9.4g}{median[r]:9.4g}{bins.high[r]:9.4g}{'':14}"
@@ -179,7 +181,7 @@ def draw(bins: Bins, raw: np.ndarray, path: Path) -> None:
     from matplotlib.figure import Figure       # here: training and sampling never draw histograms
     (R, B), eighths = bins.counts.shape, np.arange(1, 8) / 8
     figure = Figure(figsize=(10, 2 * R), layout="constrained")
-    cuts = bins.to_raw(np.repeat(eighths[:, None], R, 1))                        # (7, R)
+    cuts = np.quantile(raw, eighths, axis=0)                                     # (7, R)
     for r, (left, right) in enumerate(figure.subplots(R, 2, squeeze=False)):
         left.stairs(*np.histogram(raw[:, r], 100), fill=True)
         left.vlines(cuts[:, r], 0, 1, "black", linewidth=0.5, transform=left.get_xaxis_transform())
@@ -207,7 +209,7 @@ def bin_dataset(pictures, names: tuple, bins: int = 64) -> Bins:
     draw(fitted, raw, folder / "bins.png")
     save(fitted, folder / "bins.json")
     print(f"{len(raw)} scores of {len(rows)} samples; {len(pictures) - len(rows)} without scores")
-    print(occupancy(fitted), f"wrote {folder / 'bins.json'} and bins.png", sep="\n")
+    print(occupancy(fitted, raw), f"wrote {folder / 'bins.json'} and bins.png", sep="\n")
     return fitted
 
 

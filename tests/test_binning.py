@@ -187,9 +187,15 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
 
 def test_occupancy_states_range_shares_and_ties():
     raw = np.stack([np.arange(640.0), np.repeat([0.0, 1.0], 320)], 1)
-    _, even, tied = binning.occupancy(fit(raw, ("even", "tied"))).splitlines()
+    _, even, tied = binning.occupancy(fit(raw, ("even", "tied")), raw).splitlines()
     assert even.split() == ["even", "0", "319.5", "639", "1.56", "1.56", "1.56", "0", "0"]
     assert tied.split()[4:] == ["0.00", "0.00", "50.00", "62", "60"]   # the median edge is 0.5
+
+
+def test_the_median_is_that_of_the_scores_with_an_odd_number_of_bins_and_ties_too():
+    raw = np.array([[0.0], [0.0], [0.5], [1.0], [1.0], [1.0], [1.0]])
+    assert binning.occupancy(fit(raw, ("tied",), 5), raw).splitlines()[1].split()[:4] == [
+        "tied", "0", "1", "1"]
 
 
 def test_the_figure_is_a_picture_and_replaces_the_old_one(tmp_path):
