@@ -401,8 +401,9 @@ class Pictures(torch.utils.data.Dataset):
         self.rows = np.arange(len(self.keys))                      # into places, cache and cached
         self.cache, total = None, 3 * size * size * len(self.keys)
         if total <= memory_gb * 1e9:
-            # Anonymous shared memory: worker processes fill it for all, it takes no space before
-            # it is filled, and it does not count against a container's small /dev/shm.
+            # Anonymous shared memory: forked workers fill it for all (spawned ones get a copy of
+            # their own), it takes no space before it is filled, and it does not count against a
+            # container's small /dev/shm.
             self.cache = np.frombuffer(mmap.mmap(-1, total), np.uint8).reshape(-1, 3, size, size)
             self.cached = np.frombuffer(mmap.mmap(-1, len(self.keys)), np.bool_)
 
@@ -840,6 +841,7 @@ def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae:
             bar.update(min(first + 16, shard.stop) - first)
             if not whole:
                 continue
+            encoder.states([text for row, *_ in whole for text in pictures.captions[row]])
             latents = [vae.encode(torch.from_numpy(np.stack([squares[k] for *_, squares in whole])))
                        for k in range(len(sizes))]
             for j, (row, content, _) in enumerate(whole):
@@ -909,11 +911,25 @@ def encode(data: str, out: Path, sizes: list, vae: "VAE", encoder: "T5", rank: i
                          f"{MAX_UNREADABLE:.0%}); see python data.py check {data}")
 
 
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
 def best_device() -> torch.device:
-    """CUDA, else MPS, else CPU; under torchrun each rank's own GPU."""
+    """CUDA, else MPS, else CPU; under torchrun each rank's own GPU, or on a Mac the CPU: gloo has
+    no MPS."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return torch.device("mps" if torch.backends.mps.is_available() and alone else "cpu")
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """One of PRECISIONS → what a network's matrix products are made in. "auto" is fp32 but on CUDA:
+    there bf16, or fp16 on chips that only emulate it (on most CPUs bf16 is slower than fp32)."""
+    if name == "auto" and device.type == "cuda":
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if real else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
 # ---- python data.py check DATA -------------------------------------------------------------------

@@ -8,7 +8,7 @@ Symbols (the whole project uses them):
     c the caption: text (B, L, E), text_mask (B, L) True = token · w guidance weight, 0 = off
     z (B, M, D) latents of the network, handed on from step to step · u (B,) learned log-variance
 
-Every function works on any model with `model(x_t, t, s, text, text_mask, z, known) -> v, z, u`;
+Every function works on any `model(x_t, t, s, text, text_mask, z=None, known=None) -> v, z, u`;
 sampling also calls `known = model.condition(s, text, text_mask)`, once: it does not depend on t.
 """
 import torch
@@ -40,8 +40,8 @@ def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
     z = None
     if self_condition.any():
         k = self_condition
-        with torch.no_grad():
-            latents = model(x_t[k], t[k], s[k], text[k], text_mask[k])[1]        # (K, M, D)
+        with torch.no_grad():                                  # n of the B samples
+            latents = model(x_t[k], t[k], s[k], text[k], text_mask[k])[1]        # (n, M, D)
         # Some versions of torch let the weights that autocast cast here serve the pass below, too,
         # where they get no gradient: they were cast without one.
         torch.clear_autocast_cache()

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 import binning
 import flow
-from data import T5, VAE, Words, best_device, encoder_of, first_line, pad
+from data import (PRECISIONS, T5, VAE, Words, best_device, encoder_of, first_line, pad,
+                  precision)
 from model import (RELEASE_REWARDS, Config, TextRIN, release_config, release_config_of,
                    release_name)
 from rewards import ANALYTIC, default_rewards, score_all
@@ -54,6 +55,7 @@ class Model:
     device: torch.device
     vae: VAE | None = None           # of checkpoints that make latents
     empty: torch.Tensor | None = None   # (L, D): the states of "" that the release saved
+    precision: str = "auto"          # of the network's matrix products: see data.precision
 
     @property
     def rewards(self) -> tuple:
@@ -68,10 +70,15 @@ def find(checkpoint: str, variant: str | None) -> Path:
             checkpoint.startswith("runs/"):
         return folder
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
     try:
-        for name in ("uncond_embedding.npy", "model.safetensors", "config.json"):
-            path = hf_hub_download(checkpoint, name, subfolder=variant)
-    except (OSError, ValueError) as error:                  # HTTP errors are OSErrors there
+        for name in ("model.safetensors", "config.json", "uncond_embedding.npy"):
+            try:
+                path = hf_hub_download(checkpoint, name, subfolder=variant)
+            except EntryNotFoundError:
+                if name != "uncond_embedding.npy":          # ours have none
+                    raise
+    except (OSError, ValueError, EntryNotFoundError) as error:       # HTTP errors are OSErrors there
         raise FileNotFoundError(f"--checkpoint {folder}: there is no such folder, and the hub does "
                                 f"not give it ({first_line(error)})") from error
     return Path(path).parent
@@ -229,9 +236,11 @@ def generate(model: Model, prompts: list, s_pos: torch.Tensor, s_neg: torch.Tens
     asked = dict(guidance=guidance, steps=steps, solver=solver, shift=shift)
     chosen = defaults | {key: value for key, value in asked.items() if value is not None}
     w = chosen.pop("guidance")
-    x = [flow.sample(model.net, *(a[i:i + batch] for a in tensors), w=w, interval=interval,
-                     progress=progress, **chosen)
-         for i in range(0, len(prompts), batch)]
+    dtype = precision(model.precision, model.device)
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        x = [flow.sample(model.net, *(a[i:i + batch] for a in tensors), w=w, interval=interval,
+                         progress=progress, **chosen)
+             for i in range(0, len(prompts), batch)]
     mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     x = torch.cat(x).cpu() * std + mean                                          # (B, C, S, S)
     if model.vae is not None:
@@ -415,7 +424,9 @@ def plan(args, model: Model) -> list:
         read_targets([f"{name}={v}" for v in values], model.rewards, 1.0, "--sweep")
     names = measurable(model, [job["prompt"] for job in jobs])
     if args.best_of > 1 and args.by not in names:
-        raise ValueError(f"--best-of needs --by one of {', '.join(names)}, not {args.by}")
+        raise ValueError(f"--best-of needs --by one of {', '.join(names)}, not {args.by}" if names
+                         else "--best-of: only analytic rewards are measured here, and this "
+                              "checkpoint knows none of them")
     made = []
     for number, job in enumerate(jobs):
         s_pos = [*model.config.get("targets", []), *args.targets,            # later ones override
@@ -460,7 +471,9 @@ def save(made: list, pictures: dict, args, model: Model, settings: dict) -> None
         headings = [job["heading"] for job in made[:max(map(len, rows.values()))]]
         figure = grid(list(rows.values()), headings if args.sweep else None, labels)
         write_png(figure, out, settings | {"pictures": made})
-        print(f"wrote {out}: each tile has the level asked for > the level measured")
+        shown = ": each tile has the level asked for > the level measured" * (
+            model.bins is not None and bool(made[0]["measured"]))
+        print(f"wrote {out}{shown}")
         return
     out.mkdir(parents=True, exist_ok=True)
     for i, job in enumerate(made):
@@ -491,7 +504,7 @@ def read_command(argv=None):
     add("--prompt", help="one prompt")
     add("--prompts", help="file: prompts, or JSON with prompt, targets, negative, seed, one a line")
     add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL",
-        help="default: the checkpoint's, else all=1")
+        help="laid over the checkpoint's own; the rest is asked for at 1")
     add("--negative", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=0")
     add("--negative-prompt", help="caption of the negative branch; default: the same caption "
         '("" is the release\'s choice)')
@@ -504,8 +517,10 @@ def read_command(argv=None):
     add("--seed", type=int, default=0)
     add("--n", type=int, default=1, help="pictures a prompt")
     add("--best-of", type=int, default=1, help="candidates of which the best is kept")
-    add("--by", help="the reward that chooses among candidates")
+    add("--by", help="the analytic reward that chooses among candidates")
     add("--batch", type=int, default=64, help="pictures at once; changes no more than rounding")
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="of the network; auto: bf16 (older chips: fp16) on CUDA, else fp32")
     add("--scale", type=int, help="enlargement of the tiles")
     add("--out", default="out.png", help="figure NAME.png, or a folder for single pictures")
     args = parser.parse_args(argv)
@@ -541,6 +556,7 @@ def main(argv=None):
     if args.export:
         write_release(model, Path(args.export))
         return print(f"wrote {args.export} in the release's layout")
+    model.precision = args.precision
     made = plan(args, model)
     tensor = lambda key: torch.tensor([job[key] for job in made]).view(
         len(made), len(model.rewards))
@@ -560,15 +576,16 @@ def main(argv=None):
         job |= dict(measured=measured, raw=raw)
     # The jobs go into the PNG as JSON, so that the pictures stay outside of them.
     by_job = {id(job): picture for job, picture in zip(made, pictures)}
-    passes = sum(2 if w and args.interval[0] <= t <= args.interval[1] else 1
-                 for t in flow.step_times(steps, shift)[:-1])
+    guided = [w != 0 and args.interval[0] <= t <= args.interval[1]
+              for t in flow.step_times(steps, shift)[:-1]]
+    passes, reads = sum(map(int, guided)) + steps, 2 * any(guided) + (not all(guided))
     names = ", ".join(f"{name}={level:g}" for name, level in zip(model.rewards, made[0]["s_pos"]))
     if args.checkpoint == str(SHIPPED):
         print(f"nothing is trained yet: this is the checkpoint in {SHIPPED}")
     print(f"targets {names or 'none'}{' ...' if len(made) > 1 else ''}")
     once, each = flops(model)
     print(f"{len(made)} pictures, {steps} {solver} steps, guidance {w:g}: {passes} network "
-          f"evaluations and {(passes * each + (2 if w else 1) * once) / 1e12:.4g} TFLOP a picture, "
+          f"evaluations and {(passes * each + reads * once) / 1e12:.4g} TFLOP a picture, "
           f"{time.time() - began:.1f} s")
     settings = {**vars(args), "guidance": w, "steps": steps, "solver": solver, "shift": shift}
     save(best(made, args.best_of, args.by), by_job, args, model, settings)
@@ -579,4 +596,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"the GPU's memory is full ({first_line(error)}): pass a smaller --batch",
+              file=sys.stderr)
         sys.exit(2)

@@ -234,7 +234,7 @@ def held_out(caption: str) -> bool:
 
 def holds(relation: str, a: Thing, b: Thing) -> float:
     """GenEval's position rule: the offset of centres, less 0.1 x the summed box sizes, over its
-    length before that.
+    length before that; here every box is 2 r wide and high (evaluate.py takes the exact ones).
 
     Returns the component along the relation, in [-1, 1]; the relation holds above 0.5.
     """

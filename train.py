@@ -4,8 +4,9 @@
     python train.py --rewards none --out runs/baseline   # the paper's baseline
     torchrun --standalone --nproc-per-node=8 train.py --data DIR --out runs/mine --batch 1024
 
-The same command again resumes, bit for bit. Every random number of a sample (noise, time, coins)
-is drawn from (seed, position in the stream), so neither ranks nor accumulation change the result.
+The same command again resumes: on a CPU bit for bit, on a GPU up to the order of its sums. Every
+random number of a sample (noise, time, coins) is drawn from (seed, position in the stream), so
+neither ranks nor accumulation change the result.
 """
 import argparse
 import copy
@@ -35,7 +36,8 @@ import binning
 import evaluate
 import flow
 import sample
-from data import MAX_UNREADABLE, T5, VAE, Latents, Pictures, Words, batches, split_words
+from data import (MAX_UNREADABLE, PRECISIONS, T5, VAE, Latents, Pictures, Words, batches,
+                  first_line, precision, split_words)
 from model import PRESETS, Compute, Config, Cross, RMSNorm, TextRIN
 from rewards import (ANALYTIC, PAPER, check_names, choose_rewards, default_rewards, read_scores,
                      score_all, score_dataset, scored_names, sidecar)
@@ -78,13 +80,13 @@ class Args:
     precision: str = "auto"          # fp32, bf16 or fp16; auto: bf16 or fp16 on CUDA, else fp32
     compile: bool = False            # torch.compile
     recompute: bool = False          # keep matrix products alone for the backward pass: less memory
-    workers: int = 0                 # processes that read pictures, per rank
+    workers: int | None = None       # processes that read pictures, per rank
     text_encoder: str | None = None  # latents: where the T5 of the encoded DATA is now
     vae: str | None = None           # latents: where its VAE is now
     log_every: int = 50
-    save_every: int = 250            # steps between checkpoints
+    save_every: int | None = None    # steps between checkpoints
     keep_every: int = 0              # steps between checkpoints that stay, to be compared; 0: none
-    sample_every: int = 500          # steps between validation and the grid
+    sample_every: int | None = None  # steps between validation and the grid
     dry_run: bool = False            # say what would be done, and stop
 
 
@@ -92,11 +94,11 @@ RECIPES = {
     # Found by trials on two CPU cores; README.md has the table.
     "shapes": dict(steps=1150, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
                    weight_decay=0.0, cosine_rate=1.0, ema=0.995, t_mean=1.2, self_condition=0.0,
-                   bins=5),
-    # The release's, line by line.
+                   bins=5, workers=0, save_every=250, sample_every=500),
+    # The release's, line by line, but for the last three.
     "paper": dict(steps=500_000, batch=1024, optimizer="lamb", lr=1e-3, matrix_lr=0.0, warmup=5000,
                   weight_decay=0.01, cosine_rate=0.8, ema=0.9999, t_mean=0.0, self_condition=0.9,
-                  bins=64),
+                  bins=64, workers=8, save_every=5000, sample_every=10_000),
 }
 STATE = ("step", "config", "net", "average", "scaler", "optimizers")     # what a state-*.pt holds
 # What torch.load raises on damaged files (700 were tried); all of it means "unreadable".
@@ -237,7 +239,7 @@ def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
     if "std" in step:              # latents: a draw from what the VAE's encoder says, and T5 states
         noise = [np.random.default_rng([args.seed, 5, p]).standard_normal(shape) for p in positions]
         x_0 = step["picture"] + step["std"] * torch.from_numpy(np.array(noise, np.float32))
-        text, text_mask = step["text"].clone(), step["text_mask"].clone()        # (B, L, E), (B, L)
+        text, text_mask = step["text"], step["text_mask"]                        # (B, L, E), (B, L)
         tokens = min(len(dataset.empty), text.shape[1])
         text[dropped], text_mask[dropped] = 0, False
         text[dropped, :tokens] = dataset.empty[:tokens]
@@ -250,7 +252,7 @@ def make_batch(step: dict, dataset, encoder, args: Args, source: dict, device):
     self_condition = stack("self_condition") < args.self_condition               # (B,)
     eps = stack("eps").view_as(x_0)                                              # (B, C, S, S)
     batch = (x_0, eps, t, s, text, text_mask, self_condition)
-    return [tensor.to(device, non_blocking=True) for tensor in batch]
+    return [tensor.to(device) for tensor in batch]
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -381,8 +383,8 @@ def check_args(args: Args) -> None:
                          f"{', '.join(str(p) for p in range(2, 9) if args.size % p == 0)}")
     if args.optimizer not in ("muon", "adamw", "lamb"):
         raise ValueError(f"--optimizer {args.optimizer}: there are muon, adamw and lamb")
-    if args.precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise ValueError(f"--precision {args.precision}: there are auto, fp32, bf16 and fp16")
+    if args.precision not in PRECISIONS:
+        raise ValueError(f"--precision {args.precision}: there are {', '.join(PRECISIONS)}")
     heads = max(PRESETS[args.preset][key] for key in ("heads", "read_heads", "text_heads"))
     for key in ("latent_dim", "data_dim"):
         if getattr(args, key) % heads:
@@ -393,13 +395,6 @@ def check_args(args: Args) -> None:
     for folder in (Path(args.out), *Path(args.out).parents):
         if folder.is_file():
             raise ValueError(f"--out {args.out}: {folder} is a file, not a folder")
-
-
-def precision(name: str, device: torch.device) -> torch.dtype:
-    """fp32 but on CUDA: there bf16, or fp16 on chips without it (bf16 is slower on most CPUs)."""
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
 def start_ranks():
@@ -429,6 +424,7 @@ def recompute(net: TextRIN) -> None:
     aten = torch.ops.aten
     kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
             aten._scaled_dot_product_flash_attention_for_cpu.default]
     for layer in net.modules():
         if isinstance(layer, (Cross, Compute)):
@@ -836,4 +832,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"the GPU's memory is full ({first_line(error)}): pass a larger --accumulate, or "
+              "--recompute", file=sys.stderr)
         sys.exit(2)

@@ -611,7 +611,7 @@ def test_bad_input_ends_in_one_sentence_with_code_2_and_changes_nothing(place, w
     ("--batch 9 --accumulate 2", "--batch 9 is for all ranks and micro-batches together"),
     ("--optimizer sgd", "--optimizer sgd: there are muon, adamw and lamb"),
     ("--preset large", "--preset large: there are shapes and paper"),
-    ("--precision int8", "--precision int8: there are auto, fp32, bf16 and fp16"),
+    ("--precision int8", "--precision int8: there are auto, fp32, bf16, fp16"),
 ])
 def test_a_flag_of_train_that_cannot_be_is_named_before_anything_is_written(place, flags, said):
     ends_well(place, train(place, *flags.split(), data=False), said)

@@ -20,7 +20,7 @@ RELEASE = ROOT / "tests" / "release"
 ENCODERS = ["--vae", RELEASE / "vae", "--text-encoder", RELEASE / "t5"]
 TINY_PAPER = ("--preset paper --size 8 --blocks 1 --layers 1 --latents 4 --latent-dim 32 "
               "--data-dim 32 --steps 6 --batch 4 --val 4 --bins 4 --warmup 2 --save-every 3 "
-              "--sample-every 6 --log-every 3 --rewards contrast,sharpness").split()
+              "--sample-every 6 --log-every 3 --workers 0 --rewards contrast,sharpness").split()
 
 
 @pytest.fixture(scope="module")

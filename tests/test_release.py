@@ -152,6 +152,22 @@ def test_a_name_of_the_hub_is_downloaded_with_its_variant(monkeypatch):
                                            "uncond_embedding.npy"}
 
 
+def test_a_repository_of_ours_has_no_empty_caption(monkeypatch):
+    import huggingface_hub
+    given = ["config.json", "model.safetensors"]
+
+    def hf_hub_download(repository, name, subfolder=None):
+        if name not in given:
+            raise huggingface_hub.errors.EntryNotFoundError(f"404: no {name}")
+        return str(FOLDER / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    assert sample.find("me/mine", None) == FOLDER
+    given.pop()
+    with pytest.raises(FileNotFoundError, match="me/mine: .* does not give it .404: no model"):
+        sample.find("me/mine", None)
+
+
 def test_a_repository_that_the_hub_does_not_give_is_one_sentence(monkeypatch):
     import huggingface_hub
 

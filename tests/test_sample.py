@@ -161,6 +161,29 @@ def test_a_checkpoint_may_say_what_it_is_asked_for_and_the_flag_overrides_it(che
     assert config["targets"] == []                           # it was trained on a folder of data
 
 
+def test_half_precision_is_a_flag_and_nearly_the_same_picture(checkpoint, model, tmp_path):
+    from data import precision
+    fp32 = made(model, PROMPTS[:2])
+    model.precision = "bf16"
+    try:
+        half = made(model, PROMPTS[:2])
+    finally:
+        model.precision = "auto"
+    assert 0 < apart(fp32, half) and (fp32.float() - half.float()).abs().mean() < 4
+    for name in ("fp32", "bf16"):
+        command(checkpoint, tmp_path / name, "--prompt", PROMPTS[0], "--precision", name)
+    assert pictures(tmp_path / "fp32")[0].tobytes() != pictures(tmp_path / "bf16")[0].tobytes()
+    assert precision("auto", CPU) == torch.float32 == precision("fp32", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("real, wanted", [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_chip_that_emulates_bf16_has_fp16(monkeypatch, real, wanted):
+    from data import precision
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or real)
+    assert precision("auto", torch.device("cuda")) == wanted
+
+
 # ---- guidance ------------------------------------------------------------------------------------
 
 def test_w_0_equals_no_guidance_whatever_the_negatives(model):
@@ -217,6 +240,13 @@ def test_the_printed_cost_is_torchs_count_of_one_forward_times_the_evaluations(
     stdout = command(checkpoint, tmp_path / "out.png", "--prompt", PROMPTS[0], "--guidance", 1)
     printed = float(re.search(r"and (\S+) TFLOP a picture", stdout)[1])
     assert printed == pytest.approx((4 * each + 2 * once) / 1e12, rel=1e-3)
+    for interval, reads in (((0.3, 0.7), 3), ((0, 0), 1)):            # t of the steps: 1, ..., 0.1
+        stdout = command(checkpoint, tmp_path / "out.png", "--prompt", PROMPTS[0], "--guidance", 1,
+                         "--interval", *interval, "--steps", 10, "--shift", 1)
+        printed = float(re.search(r"and (\S+) TFLOP a picture", stdout)[1])
+        passes = int(re.search(r": (\d+) network", stdout)[1])
+        assert (passes > 10) == (reads == 3)
+        assert printed == pytest.approx((passes * each + reads * once) / 1e12, rel=1e-3)
 
 
 def test_the_checkpoint_carries_guidance_steps_and_solver(checkpoint, model, tmp_path):
