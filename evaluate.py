@@ -11,8 +11,8 @@
 `shapes`, `control` and `compare` measure the embedded world with exact oracles, on captions that
 training never saw (shapes.held_out; their claims it did see, with other endings). `shapes` judges
 as GenEval does (Ghosh et al. 2023, arXiv 2310.11513), and is not GenEval: its things are shapes.
-`geneval` and `rewards` go on where they were stopped, picture by picture; `control` and `compare`
-measurement by measurement, which the run's measured.json keeps.
+All go on where they were stopped: `geneval` picture by picture, `rewards` too, but 1,000 pictures
+at a time once it scores; `control` and `compare` by what the run's measured.json keeps.
 """
 import argparse
 import hashlib
@@ -34,7 +34,8 @@ from tqdm import tqdm
 import rewards
 import sample
 import shapes
-from data import BROKEN, T5, Pictures, decode, first_line, to_rgb
+from data import (BROKEN, MAX_UNREADABLE, T5, Pictures, decode, first_line, precision,
+                  to_rgb)
 from model import PRESETS, Config, TextRIN
 from rewards import ANALYTIC, PAPER, score_all
 from shapes import TASKS
@@ -200,11 +201,14 @@ def sampler_of(model: sample.Model, guidance: float | None, steps: int | None) -
     """The weights and what generates with them; None takes the checkpoint's own."""
     asked = {key: value for key, value in (("guidance", guidance), ("steps", steps))
              if value is not None}
+    dtype = precision(model.precision, model.device)
+    if dtype != torch.float32:
+        asked["precision"] = str(dtype)
     return dict(weights=digest_of(model), **model.config["sampler"] | asked)
 
 
 def levels(model: sample.Model, n: int, *targets: str) -> torch.Tensor:
-    """"all=0" or "contrast=0" (the others at 1) → (n, R), as sample.py reads targets."""
+    """"all=0" or "contrast=0" → (n, R); the others are at 1, whatever the checkpoint's own are."""
     row = sample.read_targets(targets, model.rewards, 1.0, "--targets")
     return torch.tensor([row] * n).view(n, len(row))
 
@@ -382,7 +386,8 @@ def evaluate_shapes(model: sample.Model, n: int = 600, alone: int = 120, seed: i
                     guidance: float | None = None, steps: int | None = None) -> tuple:
     """Scores of pictures of unseen prompts, image i from noise i: (means, verdicts, pictures).
 
-    n prompts at all=1 and the first `alone` of them at all=0 and with each single target at 0.
+    n prompts at all=1 and the first `alone` of them at all=0 and with each single target at 0. A
+    seed has prompts and noise of its own.
     means: {request: {reward: mean in native units, "n": count}}, with "all=1, first" for the same
     prompts as the others; "tasks", the mean alignment by task, and "accuracy", the share of correct
     pictures, both at all=1. verdicts and pictures: of all=1.
@@ -395,7 +400,8 @@ def evaluate_shapes(model: sample.Model, n: int = 600, alone: int = 120, seed: i
     with tqdm(total=total, desc="evaluating", unit="step", leave=False) as bar:
         for request, count in requests.items():
             w = 0.0 if request == "all=0" else guidance       # there s⁺ = s⁻: it does nothing
-            pictures, scores, lines = measure(model, wanted[:count], range(count), [request], w,
+            pictures, scores, lines = measure(model, wanted[:count],
+                                              range(seed * n, seed * n + count), [request], w,
                                               steps, bar.update)
             found[request] = dict(zip(ANALYTIC, scores.mean(0).tolist())) | {"n": count}
             if request == "all=1":
@@ -424,7 +430,7 @@ def report(model: sample.Model, found: dict) -> str:
     return "\n".join(lines)
 
 
-def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int = 6):
+def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int = 5):
     """One prompt and one noise: a row a reward, its target from 0 to 1 (the others at 1); the first
     row moves all."""
     values = torch.linspace(0, 1, columns).tolist()
@@ -436,7 +442,7 @@ def control_figure(model: sample.Model, prompt: str, seed: int = 0, columns: int
     scale = max(1, 96 // pictures.shape[-1])
     tiles = [sample.tile(picture, [], scale) for picture in pictures]
     rows = [tiles[i * columns:(i + 1) * columns] for i in range(len(names))]
-    return sample.grid(rows, [f"target {v:.1f}" for v in values], list(names))
+    return sample.grid(rows, [f"target {v:g}" for v in values], list(names))
 
 
 def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, seed: int = 0,
@@ -473,7 +479,8 @@ def write_benchmark(folder: Path, settings: dict, lines: Sequence[dict],
 def judge_shapes(model: sample.Model, folder: Path, args) -> None:
     """The command: the table at the usual targets, or the means at others, and the benchmark."""
     if args.targets:
-        pictures, scores, lines = measure(model, benchmark(args.n, args.seed), range(args.n),
+        seeds = range(args.seed * args.n, (args.seed + 1) * args.n)
+        pictures, scores, lines = measure(model, benchmark(args.n, args.seed), seeds,
                                           args.targets, args.guidance, args.steps)
         settings = sampler_of(model, args.guidance, args.steps) | dict(
             n=args.n, seed=args.seed, targets=args.targets)
@@ -636,39 +643,42 @@ def read_results(file: Path) -> list[dict]:
 
 
 def score_geneval(folder: Path, models: str | None, device: torch.device) -> None:
-    """Judge the pictures of a layout that its results.jsonl does not have since they were made;
-    print the summary. FileNotFoundError: a network's files are missing."""
+    """Judge the pictures of a layout that its results.jsonl does not have as they are, by these
+    networks; print the summary. FileNotFoundError: a network's files are missing."""
     prompts, file = read_layout(folder), folder / "results.jsonl"
-    since = file.stat().st_mtime if file.exists() else 0.0
     done = {line["filename"]: line for line in read_results(file)}
-    todo = []
+    patterns = ("*config.json", "*.safetensors")
+    folders = [rewards.fetch(kind.SOURCE, patterns, models, "geneval score needs", disk)
+               for kind, disk in ((Detector, 0.3), (Colors, 1.7))]
+    judges, todo = "+".join(rewards.revision(place, patterns) for place in folders), []
     for wanted, pictures in prompts:
         for path in pictures:
-            line = done.get(str(path.relative_to(folder)), {})
-            if line.get("metadata") != json.dumps(wanted) or path.stat().st_mtime > since:
-                todo.append((wanted, path))
-                done.pop(str(path.relative_to(folder)), None)
+            name = str(path.relative_to(folder))
+            of = dict(picture=hashlib.sha256(path.read_bytes()).hexdigest()[:16], judges=judges)
+            known = done.get(name, {})
+            if known.get("metadata") != json.dumps(wanted) or of.items() - known.items():
+                todo.append((wanted, path, of))
+                done.pop(name, None)
     if todo:
-        folders = [rewards.fetch(kind.SOURCE, ("*config.json", "*.safetensors"), models,
-                                 "geneval score needs", disk)
-                   for kind, disk in ((Detector, 0.3), (Colors, 1.7))]
         detector, colors = Detector(folders[0], device), Colors(folders[1], device)
         write_file(file, "".join(json.dumps(line) + "\n" for line in done.values()))
-    for wanted, path in tqdm(todo, desc="judging", unit="picture"):
+    for wanted, path, of in tqdm(todo, desc="judging", unit="picture"):
         try:
             image = to_rgb(decode(path.read_bytes())[0])
         except BROKEN as error:
             raise ValueError(f"{path} cannot be read ({error}): make it again") from error
         objects = keep(detector(image), wanted["tag"])
-        line = result(str(path.relative_to(folder)), wanted, objects,
-                      lambda group, name: colors(image, group, name))
+        line = of | result(str(path.relative_to(folder)), wanted, objects,
+                           lambda group, name: colors(image, group, name))
         done[line["filename"]] = line
         with open(file, "a") as out:
             out.write(json.dumps(line) + "\n")
     names = [str(path.relative_to(folder)) for _, pictures in prompts for path in pictures]
-    lacking = sum(not pictures for _, pictures in prompts)
+    counts, all_ = [len(pictures) for _, pictures in prompts], len(geneval_prompts())
+    partial = len(counts) < all_ or min(counts) < max(counts)
     print(summary([done[name] for name in names], f"GenEval with the detector {Detector.SOURCE}"
-                  + f"; PARTIAL: {lacking} prompts have no picture" * (lacking > 0)))
+                  + f"; PARTIAL: {len(counts)} of {all_} prompts, {min(counts)} to {max(counts)} "
+                    "pictures each" * partial))
 
 
 # ---- rewards: the mean scores of a checkpoint or of pictures -------------------------------------
@@ -689,6 +699,19 @@ def read_wanted(path: str) -> list[dict]:
     return [dict(tag="prompts", prompt=job["prompt"]) for job in jobs]
 
 
+def refuse_older_scores(pictures: Pictures) -> None:
+    """ValueError: a picture is younger than its scores, so they may be another picture's."""
+    for shard in pictures.shards:
+        file = rewards.sidecar(shard)
+        scored = rewards.read_sidecar(file)[1] if file.exists() else {}
+        for row in range(shard.start, shard.stop):
+            path = Path(pictures.files[pictures.places[pictures.rows[row], 0]])
+            if "scores" in scored.get(pictures.keys[row], ()) \
+                    and path.stat().st_mtime > file.stat().st_mtime:
+                raise ValueError(f"{path} is younger than its scores in {file}: remove that file "
+                                 "to score anew, or touch it to keep them")
+
+
 def mean_rewards(folder: Path, args, device: torch.device) -> None:
     """Score a folder of pictures with prompts (data.py reads it); print each reward's mean, and its
     standard error over prompts. Scores of each picture: its sidecar, as rewards.py writes it."""
@@ -696,9 +719,14 @@ def mean_rewards(folder: Path, args, device: torch.device) -> None:
     side = pictures.cut(0, lambda data: min(decode(data)[0].size))     # analytic rewards see all
     pictures = Pictures(str(folder), side, memory_gb=0)
     names = rewards.choose_rewards(args.rewards, pictures.captions)
+    refuse_older_scores(pictures)
     found = rewards.available(names, args.models, args.keep_going)
     groups = rewards.groups_of(found, args.memory_gb, device)
-    rewards.score_dataset(pictures, tuple(found), args.batch, groups=groups)
+    failed = rewards.score_dataset(pictures, tuple(found), args.batch, True, groups=groups)
+    samples = len(pictures) + pictures.lost
+    if len(failed) > MAX_UNREADABLE * samples:
+        raise ValueError(f"{folder}: {len(failed)} of {samples} pictures have no scores (the limit "
+                         f"is {MAX_UNREADABLE:.0%}): make them again, or remove their lines")
     rows, raws = rewards.read_scores(pictures, tuple(found))
     scores = np.stack([raw.mean(0) for raw in raws])                             # (N, R)
     _, prompt = np.unique([pictures.captions[row][0] for row in rows], return_inverse=True)
@@ -899,7 +927,8 @@ def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> st
                                           *asked)
     draw_rewards(runs, out / "rewards.png")
     asked = " ".join(args.targets) + ("" if args.guidance is None else f", w {args.guidance:g}")
-    tables = [f"told all: asked for {asked}\n{final_table(runs)}"]
+    tables = [f"told all: asked for {asked}; told one reward: for all=1, at its checkpoint's w; "
+              f"told nothing: no guidance\n{final_table(runs)}"]
     pairs = [(runs["none"][seed], runs["all"][seed]) for seed in sorted(runs["all"])
              if seed in runs["none"]]
     if all("curve" in run for pair in pairs for run in pair):
@@ -923,14 +952,14 @@ def final_table(runs: dict) -> str:
 
 def speed_table(pairs: Sequence[tuple]) -> str:
     """The baseline's steps over those from which on "all" has at least the baseline's final score;
-    if not all seeds do, how many. At the first kept step it is at least so many times."""
+    if not all seeds do, how many. Where a seed's is the first kept step it is the least mean."""
     lines = [f"{'speed-up':14}{'times':>17}   reached for good at step (seed by seed)"]
     for name in ("accuracy", *ANALYTIC):
         steps = [first_to_reach(run["curve"]["steps"], run["curve"][name], base["curve"][name][-1])
                  for base, run in pairs]
         first, last = (pairs[0][0]["curve"]["steps"][k] for k in (0, -1))
         times = [last / step for step in steps]
-        cell = "≥ " * (first in steps) + mean_error(times, 1)
+        cell = f"≥ {np.mean(times):.1f}" if first in steps else mean_error(times, 1)
         if not all(times):
             cell = f"{np.count_nonzero(times)} of {len(times)}"
         lines.append(f"{name:14}{cell:>17}   " + " ".join(f"{step:g}" for step in steps))
@@ -1111,9 +1140,9 @@ def read_command(argv=None) -> argparse.Namespace:
                  batch=1, steps=1, seed=0, guidance=0)
     for key, low in least.items():
         value = getattr(args, key, None)
-        if value is not None and not low <= value < 2 ** 62:                     # not: NaN, too
+        if value is not None and not low <= value < 2 ** 31:                     # not: NaN, too
             tasks = ", one prompt a task" * (low == len(TASKS))
-            raise ValueError(f"--{key} must be at least {low}{tasks}")
+            raise ValueError(f"--{key} must be at least {low}{tasks} (and below 2^31)")
     if args.command == "compare" and args.candidates & (args.candidates - 1):
         raise ValueError(f"--candidates {args.candidates} must be a power of 2, or 0")
     return args
@@ -1213,4 +1242,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"the GPU's memory is full ({first_line(error)}): where the command has them, pass a "
+              "smaller --batch or --memory-gb", file=sys.stderr)
         sys.exit(2)

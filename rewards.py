@@ -746,19 +746,16 @@ def fetch_head(file: Path, repository: str, needed: str) -> None:
                                 "pass --models") from None
 
 
-def revision(name: str, folders: tuple[Path, ...]) -> str:
-    """What tells checkpoints apart: 12 hex digits a folder, of names, sizes and ends of the files
-    that the network reads."""
-    found = []
-    for folder, (_, patterns) in zip(folders, NETWORKS[name].SOURCES):
-        digest = hashlib.sha256()
-        for file in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-            with open(file, "rb") as content:
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + content.read(2 ** 16))
-                content.seek(max(0, file.stat().st_size - 2 ** 16))
-                digest.update(content.read())
-        found.append(digest.hexdigest()[:12])
-    return "+".join(found)
+def revision(folder: Path, patterns: Sequence[str]) -> str:
+    """What tells checkpoints apart: 12 hex digits of names, sizes and ends of the files that a
+    network reads."""
+    digest = hashlib.sha256()
+    for file in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        with open(file, "rb") as content:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + content.read(2 ** 16))
+            content.seek(max(0, file.stat().st_size - 2 ** 16))
+            digest.update(content.read())
+    return digest.hexdigest()[:12]
 
 
 # ---- which rewards -------------------------------------------------------------------------------
@@ -1059,7 +1056,9 @@ def groups_of(available: dict[str, tuple], memory_gb: float, device: torch.devic
         if needs > room:
             found.append(Group({}, device=device))
             room = memory_gb
-        found[-1].versions[name] = f"{NETWORKS[name].__name__} {revision(name, folders)}"
+        of = zip(folders, NETWORKS[name].SOURCES)
+        revisions = "+".join(revision(folder, patterns) for folder, (_, patterns) in of)
+        found[-1].versions[name] = f"{NETWORKS[name].__name__} {revisions}"
         found[-1].folders[name] = folders
         room -= needs
     return [group for group in found if group.versions]

@@ -2,6 +2,7 @@
 files' true layout."""
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -234,16 +235,43 @@ def test_a_folder_of_other_pictures_is_not_continued(tmp_path, monkeypatch):
         evaluate.main([*command[:3], str(tmp_path / "mine" / "metadata.jsonl"), *command[4:]])
 
 
-def test_judging_goes_on_after_the_last_whole_line(judges, pictures):
-    assert run("evaluate.py", "geneval", "score", pictures, "--models", judges)[0] == 0
+@pytest.fixture
+def judged(monkeypatch):
+    """The pictures that the detector looks at."""
+    seen, look = [], Detector.__call__
+    monkeypatch.setattr(Detector, "__call__", lambda self, image: seen.append(image) or look(
+        self, image))
+    return seen
+
+
+def test_judging_goes_on_after_the_last_whole_line(judges, pictures, judged, capsys):
+    command = ["geneval", "score", str(pictures), "--models", str(judges)]
+    evaluate.main(command)
     file = pictures / "results.jsonl"
     whole = file.read_text()
     lines = whole.splitlines(True)
     file.write_text("".join(lines[:4]) + lines[4][:30])                          # a kill
-    code, out, err = run("evaluate.py", "geneval", "score", pictures, "--models", judges)
-    assert code == 0 and file.read_text() == whole, err
+    evaluate.main(command)
+    assert file.read_text() == whole and len(judged) == 6 + 2
     right = sum(json.loads(line)["correct"] for line in lines)
+    out = capsys.readouterr().out
     assert f"6 images of 3 prompts; correct: {right / 6:.2%} of the images" in out
+    assert "PARTIAL: 3 of 553 prompts, 2 to 2 pictures each" in out
+
+
+def test_other_pictures_and_other_judges_are_judged_anew(judges, pictures, judged, tmp_path):
+    command = ["geneval", "score", str(pictures), "--models"]
+    evaluate.main([*command, str(judges)])
+    first, second = sorted(pictures.glob("*/samples/*.png"))[:2]
+    shutil.copy2(first, second)                                     # with the time of the other
+    evaluate.main([*command, str(judges)])
+    assert len(judged) == 6 + 1
+    others = shutil.copytree(judges, tmp_path / "others")
+    weights = others / Detector.SOURCE / "model.safetensors"
+    save_file({name: tensor * 0.9 for name, tensor in load_file(weights).items()}, weights,
+              {"format": "pt"})
+    evaluate.main([*command, str(others)])
+    assert len(judged) == 6 + 1 + 6
 
 
 def test_counting_asks_for_surer_detections(judges, pictures, monkeypatch):
@@ -273,6 +301,22 @@ def test_mean_rewards_of_a_folder_are_means_over_prompts(models, pictures, shrun
     assert row.split() == ["pick", f"{values.mean():.4f}",
                            f"{values.std(ddof=1) / 3 ** 0.5:.4f}"]
     assert "6 pictures of 3 prompts" in out
+
+
+def test_means_over_a_part_of_the_pictures_or_of_older_ones_are_refused(pictures):
+    command = ("evaluate.py", "rewards", pictures, "--rewards", "contrast")
+    first = pictures / "00001" / "samples" / "0000.png"
+    kept = first.read_bytes()
+    first.write_bytes(kept[:50])
+    code, _, err = run(*command)
+    assert code == 2 and "1 of 6 pictures have no scores (the limit is 1%)" in sentences(err)[-1]
+    first.write_bytes(kept)                                       # repaired, so it is scored again
+    code, out, err = run(*command)
+    assert code == 0 and "6 pictures of 3 prompts" in out, err
+    [sidecar] = pictures.glob("*.scores.jsonl")
+    os.utime(first, (sidecar.stat().st_mtime + 9,) * 2)
+    code, _, err = run(*command)
+    assert code == 2 and f"{first} is younger than its scores in {sidecar}" in sentences(err)[-1]
 
 
 def test_all_seven_rewards_of_a_checkpoint_in_one_command(  # noqa: F811
@@ -337,7 +381,8 @@ def test_a_folder_that_lacks_pictures_is_called_partial(judges, pictures):
     for path in (pictures / "00001" / "samples").iterdir():
         path.unlink()
     _, out, _ = run("evaluate.py", "geneval", "score", pictures, "--models", judges)
-    assert "PARTIAL: 1 prompts have no picture" in out and "4 images of 2 prompts" in out
+    assert "PARTIAL: 3 of 553 prompts, 0 to 2 pictures each" in out
+    assert "4 images of 2 prompts" in out
 
 
 def test_a_reward_that_is_not_there_is_named_before_a_picture_is_made(checkpoint, tmp_path):
