@@ -14,8 +14,9 @@ sys.path.insert(0, str(ROOT))
 import shapes
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"^(?:\| .*?`)?(python \w+\.py[^`\n|]*)", README, re.M)
-                      + re.findall(r"`(python \w+\.py[^`]*)`", README)))
+SPANS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S) + re.findall(r"`([^`\n]+)`", README))
+COMMANDS = sorted({found.strip() for found in re.findall(
+    r"(?:python|torchrun [\w= -]*?) ?\w+\.py[^\n|&]*", SPANS)})
 
 
 def run(command, folder):
@@ -24,9 +25,15 @@ def run(command, folder):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def words_of(command):
+    """A script and its words; torchrun's own are left out."""
+    words = shlex.split(command)
+    return words[next(k for k, word in enumerate(words) if word.endswith(".py")):]
+
+
 def script_of(command):
     """A script and the words that choose among its commands: evaluate.py geneval score."""
-    script, *words = shlex.split(command)[1:]
+    script, *words = words_of(command)
     depth = {"data.py": 1, "evaluate.py": 2 if words[:1] == ["geneval"] else 1}.get(script, 0)
     return script, *words[:depth]
 
@@ -39,7 +46,7 @@ def helps():
 
 
 def test_the_readme_shows_commands_of_every_script_a_reader_starts():
-    scripts = {shlex.split(command)[1] for command in COMMANDS}
+    scripts = {words_of(command)[0] for command in COMMANDS}
     assert scripts >= {"train.py", "sample.py", "rewards.py", "binning.py", "data.py",
                        "evaluate.py"}
 
@@ -53,8 +60,7 @@ def test_the_prompts_in_the_readme_can_be_asked_of_the_embedded_world():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_in_the_readme_exists(command, helps):
-    words = shlex.split(command.split("&&")[0])
-    flags = {word for word in words if word.startswith("--")}
+    flags = {word for word in words_of(command) if word.startswith("--")}
     known = set(re.findall(r"--[a-z][a-z-]*", helps[script_of(command)]))
     assert flags <= known, flags - known
 
