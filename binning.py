@@ -143,7 +143,7 @@ def fit(raw, names: tuple, bins: int = 64, source: str = "") -> Bins:
 
 def save(bins: Bins, path) -> None:
     """Write JSON, whole or not at all: after a kill the file is the old one or the new one."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "w") as file:
         json.dump(bins.to_config(), file, allow_nan=False)
         file.flush()
@@ -183,13 +183,15 @@ def draw(bins: Bins, raw: np.ndarray, path: Path) -> None:
     figure = Figure(figsize=(10, 2 * R), layout="constrained")
     cuts = np.quantile(raw, eighths, axis=0)                                     # (7, R)
     for r, (left, right) in enumerate(figure.subplots(R, 2, squeeze=False)):
-        left.stairs(*np.histogram(raw[:, r], 100), fill=True)
+        low, high = bins.low[r], bins.high[r]   # nearly the same: 100 bars do not fit in between
+        span = None if high - low > 1e-9 * max(abs(low), abs(high)) else (low - 0.5, high + 0.5)
+        left.stairs(*np.histogram(raw[:, r], 100, span), fill=True)
         left.vlines(cuts[:, r], 0, 1, "black", linewidth=0.5, transform=left.get_xaxis_transform())
         left.set(xlabel=f"{bins.names[r]} (lines: eighths of the data)", ylabel="scores")
         right.stairs(bins.counts[r], (np.arange(B + 1) - 0.5) / (B - 1), fill=True)
         right.axhline(len(raw) / B, color="black", linewidth=0.5)
         right.set(xlabel="level s (line: equally populated)", ylabel="scores")
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     figure.savefig(temporary, format="png")    # a Figure without pyplot draws with Agg: no display
     os.replace(temporary, path)
 
@@ -222,6 +224,8 @@ def main() -> None:
                         help="levels of a reward (the release, with 16 M pictures: 64)")
     parser.add_argument("--size", type=int, default=24, help="side in pixels that was scored")
     args = parser.parse_args()
+    if args.size < 3:
+        raise ValueError(f"--size {args.size}: it is at least 3")
     from data import Pictures
     from rewards import scored_names
     pictures = Pictures(args.data, args.size)
@@ -232,6 +236,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
+    except (ValueError, OSError) as error:            # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -24,10 +24,12 @@ import io
 import json
 import mmap
 import os
+import pickle
 import re
 import struct
 import sys
 import tarfile
+import unicodedata
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -54,7 +56,6 @@ BROKEN = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError
           struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")      # NUL, halves of surrogate pairs: cannot be written
 ARRAY = re.compile(r"(mean|std)\d+|text\d+")    # of an encoded sample, in key.<this>.npy
-WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")      # letters and digits, apostrophes inside
 
 
 # ---- one picture: encoded bytes -> (3, size, size) -----------------------------------------------
@@ -266,6 +267,9 @@ def scan_pictures(index: Index, folder: str) -> dict:
     samples = {}
     for parent, subfolders, names in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        index.faults += [f"{path} is a symlink to a folder, which is not followed; put the folder "
+                         "itself there" for path in (os.path.join(parent, s) for s in subfolders)
+                         if os.path.islink(path)]
         for name in sorted(names):
             path = os.path.join(parent, name)
             index.files.append(path)
@@ -315,7 +319,7 @@ def scan_metadata(index: Index, folder: str, metadata: str) -> dict:
 def find_tars(path: str) -> list[str]:
     """The tars that DATA stands for; none for a folder of pictures. FileNotFoundError: no DATA."""
     if os.path.isdir(path):
-        return sorted(str(tar) for tar in Path(path).glob("*.tar"))
+        return sorted(str(tar) for tar in Path(path).glob("*.tar") if tar.name[0] != ".")
     if os.path.exists(path):
         return [path]
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", path):
@@ -330,9 +334,11 @@ def find_tars(path: str) -> list[str]:
     return tars
 
 
-def add_captions(index: Index, file: str) -> None:
-    """Second captions from captions.tsv, a line of key, tab and text each: the last of a sample."""
+def add_captions(index: Index, file: str, whole: bool) -> None:
+    """Second captions from captions.tsv, a line of key, tab and text each: the last of a sample.
+    whole: the index has all samples, not a rank's part, so that some line must have a key of it."""
     rows, counts = {key: row for row, key in enumerate(index.keys)}, Counter(index.keys)
+    used = 0
     for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
         try:
             key, tab, text = line.decode().partition("\t")
@@ -344,6 +350,10 @@ def add_captions(index: Index, file: str) -> None:
             index.faults.append(f"{file}, line {number}: {counts[key]} samples have key {key!r}")
         elif key in rows:
             index.captions[rows[key]] += (text.strip(),)
+            used += 1
+    if whole and not used:
+        index.faults.append(f"{file}: none of its keys is a sample's; a key is a file's name up "
+                            "to its first dot")
 
 
 def read_index(path: str, part: tuple = (0, 1)) -> Index:
@@ -364,7 +374,7 @@ def read_index(path: str, part: tuple = (0, 1)) -> Index:
             piece = {key: samples[key] for key in keys[start:start + FOLDER_SHARD]}
             index.add_shard(f"{start // FOLDER_SHARD:05d}", Path(path), piece, source)
     if os.path.isfile(os.path.join(path, "captions.tsv")):
-        add_captions(index, os.path.join(path, "captions.tsv"))
+        add_captions(index, os.path.join(path, "captions.tsv"), part[1] == 1)
     for name, count in Counter(shard.name for shard in index.shards).items():
         if count > 1:
             index.faults.append(f"{path}: {count} tars are called {name}.tar; rename them")
@@ -435,7 +445,8 @@ class Pictures(torch.utils.data.Dataset):
         number, offset, length = self.notes[self.rows[i]].tolist()
         if number < 0:
             raise ValueError(f"{self.name(i)} has no key.json with scores")
-        return parse_object(read_bytes(self.files[number], offset, length), "the key.json")
+        content = read_bytes(self.files[number], offset, length)
+        return parse_object(content, f"the key.json of {self.name(i)}")
 
     def picture(self, i: int) -> torch.Tensor:
         """Row i as uint8 (3, size, size). Raises ValueError, naming file and key: unreadable."""
@@ -535,8 +546,12 @@ def batches(pictures: Pictures, seed: int, first_step: int, last_step: int, batc
 # ---- words as vectors ----------------------------------------------------------------------------
 
 def split_words(text: str) -> list[str]:
-    """"Two dogs, don't!" → ["two", "dogs", "don't"]."""
-    return WORD.findall(text.lower())
+    """"Two dogs, don't!" → ["two", "dogs", "don't"]. A word has letters, digits and, in many
+    scripts, marks: the vowel signs of Hindi, say, without which different words are the same."""
+    text = unicodedata.normalize("NFC", text.lower())
+    kept = (c if c.isalnum() or c == "'" or unicodedata.category(c)[0] == "M" else " "
+            for c in text)
+    return [word for part in "".join(kept).split() if (word := part.strip("'"))]
 
 
 class Words:
@@ -635,7 +650,11 @@ class T5:
                                                                output_loading_info=True)
             if found["missing_keys"]:
                 raise ValueError(f"it has no {sorted(found['missing_keys'])[0]}")
-        except (OSError, ValueError, SafetensorError) as error:
+            words, room = len(self.tokenizer), self.model.config.vocab_size
+            if not room - 128 <= words <= room:     # without its files transformers makes one up
+                raise ValueError(f"its tokenizer has {words} tokens and its table {room} rows")
+        except (OSError, ValueError, RuntimeError, TypeError, pickle.UnpicklingError,
+                SafetensorError) as error:
             raise ValueError(f"the text encoder {self.source} cannot be loaded: name a folder or "
                              f"hub id with --text-encoder ({first_line(error)})") from error
         width = self.model.config.d_model
@@ -688,8 +707,12 @@ class VAE:
         """Read the weights. ValueError: they are not there."""
         from diffusers import AutoencoderKL
         try:
-            self.model = AutoencoderKL.from_pretrained(self.source)
-        except (OSError, ValueError, SafetensorError) as error:
+            # Without low_cpu_mem_usage it does not ask for a further package, accelerate.
+            self.model, found = AutoencoderKL.from_pretrained(
+                self.source, output_loading_info=True, low_cpu_mem_usage=False)
+            if found["missing_keys"]:                          # diffusers leaves them to chance
+                raise ValueError(f"it has no {sorted(found['missing_keys'])[0]}")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"the VAE {self.source} cannot be loaded: name a folder or hub id "
                              f"with --vae ({first_line(error)})") from error
         self.model.to(self.device).eval().requires_grad_(False)
@@ -750,6 +773,9 @@ class Latents(Pictures):
         self.encoded = read_encoded(Path(path))
         super().__init__(path, 8 * side, memory_gb=0)
         self.choose = first_caption
+        if len(self.shards) < self.encoded["shards"]:
+            raise ValueError(f"{path} has {len(self.shards)} of {self.encoded['shards']} shards: "
+                             "run python data.py encode to its end")
         if self.size not in self.encoded["sizes"]:
             raise ValueError(f"{path} was encoded at {self.encoded['sizes']} pixels, and a side of "
                              f"{side} needs {self.size}: encode it with --sizes {self.size}")
@@ -806,7 +832,7 @@ def read_encoded(folder: Path) -> dict:
                          f"encode DATA OUT, and read from OUT")
     found = parse_object(file.read_bytes(), str(file))
     missing = [key for key in ("sizes", "vae", "scaling_factor", "text_encoder", "dim", "length",
-                               "dtype", "data") if key not in found]
+                               "dtype", "data", "shards") if key not in found]
     if missing:
         raise ValueError(f"{file} has no {', '.join(missing)}; encode into a new folder")
     return found
@@ -815,7 +841,7 @@ def read_encoded(folder: Path) -> dict:
 def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae: "VAE",
                  encoder: "T5", bar: tqdm) -> None:
     """One tar of the samples of a shard with their arrays; it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")          # after a kill the next run's own
     with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
 
         def add(name: str, content: bytes) -> None:
@@ -834,9 +860,11 @@ def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae:
             whole = []                                        # (row, its bytes, squares by size)
             for row in range(first, min(first + 16, shard.stop)):
                 try:
-                    whole.append((row, *pictures.cut(row, lambda content: (
+                    note = pictures.note(row) if pictures.notes[pictures.rows[row], 0] >= 0 else {}
+                    whole.append((row, note, *pictures.cut(row, lambda content: (
                         content, [square(content, size)[0] for size in sizes]))))
-                except ValueError:                            # `cut` has noted it in unreadable
+                except ValueError as error:
+                    pictures.unreadable.setdefault(pictures.name(row), str(error))
                     continue
             bar.update(min(first + 16, shard.stop) - first)
             if not whole:
@@ -844,13 +872,12 @@ def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae:
             encoder.states([text for row, *_ in whole for text in pictures.captions[row]])
             latents = [vae.encode(torch.from_numpy(np.stack([squares[k] for *_, squares in whole])))
                        for k in range(len(sizes))]
-            for j, (row, content, _) in enumerate(whole):
+            for j, (row, note, content, _) in enumerate(whole):
                 key, captions = pictures.keys[row], pictures.captions[row]
                 ending = Image.open(io.BytesIO(content), formats=FORMATS).format.lower()
                 ending = dict(jpeg="jpg", mpo="jpg", jpeg2000="jp2").get(ending, ending)
                 add(f"{key}.{ending}", content)
                 add(f"{key}.txt", captions[0].encode())
-                note = pictures.note(row) if pictures.notes[pictures.rows[row], 0] >= 0 else {}
                 given = {name: value for name, value in note.items() if name.endswith("_score")}
                 add(f"{key}.json", json.dumps({"captions": captions[1:]} | given).encode())
                 for size, (mean, std) in zip(sizes, latents):
@@ -877,7 +904,8 @@ def encode(data: str, out: Path, sizes: list, vae: "VAE", encoder: "T5", rank: i
     content = hashlib.sha256(json.dumps([pictures.keys, pictures.captions]).encode()).hexdigest()
     settings = dict(format=1, sizes=sizes, vae=vae.source, text_encoder=encoder.source,
                     scaling_factor=vae.model.config.scaling_factor, dim=encoder.dim,
-                    length=encoder.length, dtype=str(encoder.model.dtype), data=content[:16])
+                    length=encoder.length, dtype=str(encoder.model.dtype), data=content[:16],
+                    shards=len(pictures.shards))
     if out.is_file() or out.resolve() == Path(data).resolve():
         raise ValueError(f"OUT {out}: name a folder of its own")
     out.mkdir(parents=True, exist_ok=True)
@@ -1019,6 +1047,8 @@ def main() -> None:
         encoder.device = vae.device = best_device()
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         return encode(args.data, Path(args.out), args.sizes, vae, encoder, rank, world)
+    if args.size < 1:
+        raise ValueError(f"--size {args.size}: it is at least 1")
     faults = check(args.data, args.size)
     if faults:
         raise ValueError("\n".join(faults))
@@ -1028,6 +1058,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
+    except (ValueError, OSError) as error:            # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
         sys.exit(2)

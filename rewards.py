@@ -885,7 +885,7 @@ def write_sidecar(path: Path, shard: str, rewards: dict, size: int | None, lines
         libraries = ("transformers", "open_clip_torch", "timm")
         versions |= {name: metadata.version(name) for name in libraries}
     header = {"format": 1, "shard": shard, "rewards": rewards, "size": size, "versions": versions}
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     with open(temporary, "w") as file:
         file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in (header, *lines))
         file.flush()
@@ -899,7 +899,8 @@ def scored_names(pictures: Pictures) -> tuple[str, ...]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; run python rewards.py "
                                     f"{pictures.path} --size {pictures.size}")
-    return tuple(name for name in REWARDS if name in read_sidecar(path)[0]["rewards"])
+    header, _ = read_sidecar(path)
+    return tuple(name for name in REWARDS if name in header["rewards"])
 
 
 def read_scores(pictures: Pictures, names: Sequence[str]) -> tuple[list[int], list[np.ndarray]]:
@@ -1270,12 +1271,11 @@ def cost_table(names: Sequence[str], pictures: int, captions: int) -> str:
                       f"download, {hours:.3g} GPU-hours at an assumed {SPEED / 1e12:.0f} TFLOP/s"])
 
 
-def score_pair(image: str, prompt: str, groups: list[Group], bins: str | None) -> None:
+def score_pair(image: str, prompt: str, groups: list[Group], bins: str | None, side: int) -> None:
     """Print the scores of one picture with one prompt, their percentiles, and the seconds."""
     try:
         data = Path(image).read_bytes()
         cut = views(data, {NETWORKS[n].VIEW for group in groups for n in group.folders})
-        side = min(decode(data)[0].size)
         cut["square", side] = torch.from_numpy(square(data, side)[0].copy())
     except BROKEN as error:
         raise ValueError(f"--image {image} cannot be read ({error})") from None
@@ -1355,7 +1355,7 @@ def main(argv=None) -> None:
             return print(cost_table(names, 1, 1))
         found = available(names, args.models, args.keep_going)
         return score_pair(args.image, args.prompt, groups_of(found, args.memory_gb, device),
-                          args.bins)
+                          args.bins, args.size)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # A rank reads the headers of its own tars alone, unless captions decide what suits all.
     share = args.rewards != "analytic" and len(find_tars(args.data)) >= world
@@ -1386,7 +1386,7 @@ def main(argv=None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
+    except (ValueError, OSError) as error:            # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
         sys.exit(2)
     except torch.cuda.OutOfMemoryError as error:

@@ -594,7 +594,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
+    except (ValueError, OSError) as error:            # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
         sys.exit(2)
     except torch.cuda.OutOfMemoryError as error:

@@ -508,6 +508,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:                       # a user's mistake: one sentence, no traceback
+    except (ValueError, OSError) as error:            # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -159,9 +159,10 @@ def orthogonalise(x: torch.Tensor) -> torch.Tensor:
 def optimizers_for(net: TextRIN, args: Args) -> list:
     """One optimizer, or with muon two.
 
-    muon, adamw: norms, biases and learned tokens are not decayed. lamb (You et al. 2020) is timm's
-    as the release runs its own: no decay and no trust ratio for norms and biases, but both for
-    learned tokens and all of the log-variance; the decay is part of the step that is scaled.
+    muon: Muon with decay for the matrices of the inner layers, AdamW without for the rest. adamw:
+    norms, biases and learned tokens are not decayed. lamb (You et al. 2020) is timm's as the
+    release runs its own: no decay and no trust ratio for norms and biases, but both for learned
+    tokens and all of the log-variance; the decay is part of the step that is scaled.
     """
     named = dict(net.named_parameters())
     inner = ("blocks.", "text_layers.", "previous_mlp.")
@@ -372,12 +373,14 @@ def check_args(args: Args) -> None:
          "size", "patch", "blocks", "layers", "latents", "latent_dim", "data_dim"), (1, 2 ** 31))
     limits |= dict.fromkeys(("reward_dropout", "text_dropout", "self_condition", "ema",
                              "cosine_rate"), (0, 1)) | {"bins": (2, 2 ** 31)}
-    limits |= dict.fromkeys(("lr", "matrix_lr", "weight_decay", "clip", "warmup", "seed",
-                             "workers", "keep_every"), (0, 2 ** 100)) | {"t_mean": (-9, 9)}
+    limits |= dict.fromkeys(("lr", "matrix_lr", "weight_decay", "clip", "warmup", "workers",
+                             "keep_every"), (0, 2 ** 100))
+    limits |= dict.fromkeys(("latent_dim", "data_dim"), (8, 2 ** 31))
+    limits |= {"t_mean": (-9, 9), "seed": (0, 2 ** 62)}
     for key, (low, high) in limits.items():
         if not low <= getattr(args, key) <= high:                                # not: NaN, too
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: it is at least "
-                             f"{low}" + f" and at most {high}" * (high == 1))
+                             f"{low} and at most {high:g}")
     if args.size % args.patch:
         raise ValueError(f"--patch {args.patch} does not divide --size {args.size}: for example "
                          f"{', '.join(str(p) for p in range(2, 9) if args.size % p == 0)}")
@@ -414,8 +417,9 @@ def keep_freed_memory() -> None:
     taking them anew costs a page fault per 4 KiB: up to a quarter of a training step on a CPU."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):                                        # glibc, not macOS or musl
-        for option, size in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):
-            libc.mallopt(option, size)          # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25)    # M_MMAP_THRESHOLD; older's limit
+        libc.mallopt(-1, 2 ** 31 - 1)                             # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 2 ** 28)                                 # M_TOP_PAD
 
 
 def recompute(net: TextRIN) -> None:
@@ -477,7 +481,8 @@ def levels_of(args: Args, pictures: Pictures) -> tuple:
                          f"{','.join(missing)}, and write it again with python binning.py "
                          f"{path} --size {pictures.size} --bins {args.bins}")
     columns = [bins.names.index(name) for name in names]
-    return rows, [bins.to_target(scores)[:, columns] for scores in raw], bins.select(names)
+    s = bins.to_target(np.concatenate(raw))[:, columns]
+    return rows, np.split(s, np.cumsum([len(scores) for scores in raw])[:-1]), bins.select(names)
 
 
 def prepare_data(args: Args, rank: int):
@@ -499,8 +504,10 @@ def prepare_data(args: Args, rank: int):
     rows, s, bins = list(range(len(pictures))), None, None
     if args.rewards != "none":
         rows, s, bins = levels_of(args, pictures)
-    # 4 is a stream of its own, as 3 in draws; shapes.py has 0 and 1.
-    order = np.random.default_rng([args.seed, 4]).permutation(len(rows))
+    # 4 is a stream of its own, as 3 in draws; shapes.py has 0 and 1. It orders all samples, so that
+    # one without scores is missing with rewards and moves no other: both runs validate on the same.
+    order = np.random.default_rng([args.seed, 4]).permutation(len(pictures)).tolist()
+    place = {row: i for i, row in enumerate(rows)}
     if len(rows) < args.val + args.batch:
         raise ValueError(f"{path} has {len(rows)} usable samples, fewer than --val {args.val} and "
                          f"one --batch {args.batch}")
@@ -514,12 +521,13 @@ def prepare_data(args: Args, rank: int):
         encoder = Words(words, PRESETS[args.preset]["text_dim"], longest + 1)    # room for one more
     parts = []
     for chosen in (order[args.val:], order[:args.val]):
-        part = pictures.select([rows[i] for i in chosen])
+        chosen = [row for row in chosen if row in place]
+        part = pictures.select(chosen)
         empty = [np.zeros((len(c), 0), np.float32) for c in part.captions]
         if latents:
             shape = (PRESETS[args.preset]["channels"], args.size, args.size)
             part.choose = partial(choose_caption, part.captions, args.seed, shape)
-        parts.append((part, [s[i] for i in chosen] if s else empty))
+        parts.append((part, [s[place[row]] for row in chosen] if s else empty))
     (train, s_train), (val, s_val) = parts
     return train, val, s_train, s_val, bins, encoder
 
@@ -589,13 +597,13 @@ def build(args: Args, config: dict, device: torch.device, world: int, dtype) -> 
     if state:
         net.load_state_dict(state["net"])
         average.load_state_dict(state["average"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:                  # {}: until here in fp32 or bf16, on another machine
+            scaler.load_state_dict(state["scaler"])
         for optimizer, found in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(found)
     model = torch.compile(net) if args.compile else net       # net keeps its names: no _orig_mod
     if world > 1:
-        model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
-                                        broadcast_buffers=False)
+        model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
     return Run(net, average, model, optimizers, scaler, config, state["step"] if state else 0)
 
 
@@ -680,8 +688,8 @@ def summary(mse: torch.Tensor, t: torch.Tensor, world: int) -> tuple:
     sums = torch.stack([mse @ quarter, quarter.sum(0)])                          # (2, 4)
     if world > 1:
         dist.all_reduce(sums)
-    by_t = (sums[0] / sums[1].clamp(min=1)).tolist()
-    return float(sums[0].sum() / sums[1].sum()), [round(value, 5) for value in by_t]
+    by_t = [round(total / n, 5) if n else None for total, n in sums.T.tolist()]
+    return float(sums[0].sum() / sums[1].sum()), by_t
 
 
 def probe(shown: sample.Model, val: Pictures) -> dict:
@@ -754,14 +762,16 @@ def finish(out: Path, shown: sample.Model, train: Pictures, embedded: bool) -> N
           f"python sample.py --checkpoint {out} --prompt \"{shown.config['prompts'][0]}\"")
 
 
-def model_to_show(run: Run, encoder, bins: binning.Bins | None, device) -> sample.Model:
+def model_to_show(run: Run, args: Args, encoder, bins: binning.Bins | None, val: Pictures,
+                  device) -> sample.Model:
     """What grids are drawn with: the moving average and, for latents, the VAE, loaded at once and
-    not when the first grid is drawn; a T5 then has read the prompts of the grid and is freed."""
-    shown = sample.Model(run.average, run.config, encoder, bins, device)
+    not when the first grid is drawn; a T5 then has read what grid and probe show and is freed."""
+    shown = sample.Model(run.average, run.config, encoder, bins, device, precision=args.precision)
     if run.config.get("vae"):
         shown.vae = VAE(run.config["vae"])
         shown.vae.load()
-        encoder.states(run.config["prompts"])
+        encoder.device = device
+        encoder.states([*run.config["prompts"], *(texts[0] for texts in val.captions[:48])])
         encoder.free()
     return shown
 
@@ -778,7 +788,7 @@ def main(argv=None):
     train, val, s_train, s_val, bins, encoder = prepare_data(args, rank)
     config = describe(args, train, val, s_train, bins, encoder)
     run = build(args, config, device, world, dtype)
-    shown = model_to_show(run, encoder, bins, device) if rank == 0 else None
+    shown = model_to_show(run, args, encoder, bins, val, device) if rank == 0 else None
     source, source_val = source_of(run.config, s_train), source_of(run.config, s_val)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -802,7 +812,7 @@ def main(argv=None):
             rate = (done - logged) * args.batch / (time.time() - began)
             mses, times, began, logged = [], [], time.time(), done
             if rank == 0:
-                quarters = " ".join(f"{value:.3f}" for value in by_t)
+                quarters = " ".join("  -  " if value is None else f"{value:.3f}" for value in by_t)
                 tqdm.write(f"step {done:6d}  loss {loss:.4f}  by t {quarters}  norm {norm:6.3f}  "
                            f"lr x {schedule(step, args):5.3f}  {rate:6.0f} img/s")
                 append(out, dict(step=done, loss=loss, by_t=by_t, norm=norm, rate=rate))
@@ -830,7 +840,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:  # a user's mistake: one sentence, no traceback
+    except (ValueError, OSError) as error:            # a user's mistake: one sentence, no traceback
         print(error, file=sys.stderr)
         sys.exit(2)
     except torch.cuda.OutOfMemoryError as error:

@@ -291,6 +291,21 @@ def scores_of_another_size(place):
     return ("binning.py", place.world, "--size", 24), "scores of pictures of 16 pixels, not 24"
 
 
+def binning_at_size_0(place):
+    return ("binning.py", place.world, "--size", 0), "--size 0: it is at least 3"
+
+
+def checking_at_size_0(place):
+    return ("data.py", "check", place.world, "--size", 0), "--size 0: it is at least 1"
+
+
+def an_encoding_below_a_file(place):
+    place.write("mine", "my notes")
+    small = ROOT / "tests" / "release"
+    return ("data.py", "encode", place.world, "mine/out", "--sizes", 64, "--vae", small / "vae",
+            "--text-encoder", small / "t5"), "Not a directory: 'mine/out'"
+
+
 def one_bin(place):
     return ("binning.py", place.world, "--size", 16, "--bins", 1), "1 bins of 300 scores: two bins"
 
@@ -612,6 +627,9 @@ def test_bad_input_ends_in_one_sentence_with_code_2_and_changes_nothing(place, w
     ("--optimizer sgd", "--optimizer sgd: there are muon, adamw and lamb"),
     ("--preset large", "--preset large: there are shapes and paper"),
     ("--precision int8", "--precision int8: there are auto, fp32, bf16, fp16"),
+    ("--seed 99999999999999999999", "--seed 99999999999999999999: it is at least 0 and at most"),
+    ("--t-mean 20", "--t-mean 20.0: it is at least -9 and at most 9"),
+    ("--latent-dim 4", "--latent-dim 4: it is at least 8"), ("--data-dim 4", "--data-dim 4"),
 ])
 def test_a_flag_of_train_that_cannot_be_is_named_before_anything_is_written(place, flags, said):
     ends_well(place, train(place, *flags.split(), data=False), said)

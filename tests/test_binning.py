@@ -124,6 +124,12 @@ def test_a_score_that_is_not_finite_is_an_error_that_names_the_reward_and_the_ro
         fit(np.random.rand(10, 2), ("a", "b")).to_target(raw)
 
 
+def test_a_reward_that_is_constant_but_for_rounding_is_drawn(tmp_path):
+    raw = np.where(np.arange(50)[:, None] % 2, 0.3, np.nextafter(0.3, 1))
+    binning.draw(fit(raw, ("a",), 4), raw, tmp_path / "bins.png")
+    assert (tmp_path / "bins.png").stat().st_size > 1000
+
+
 def test_no_score_and_less_than_two_bins_are_errors():
     for raw, bins in ((np.zeros((0, 1)), 64), (np.zeros((5, 1)), 1)):
         with pytest.raises(ValueError, match="two bins and one score are needed"):
@@ -137,7 +143,7 @@ def test_saved_bins_load_to_the_last_bit(tmp_path):
     again = load(tmp_path / "bins.json")
     assert again.to_config() == fitted.to_config() and again.names == ("a", "b")
     assert np.array_equal(again.edges, fitted.edges) and again.edges.dtype == np.float64
-    assert not (tmp_path / "bins.json.tmp").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["bins.json"]
 
 
 def test_the_fingerprint_changes_with_a_score_and_with_a_name():

@@ -413,6 +413,31 @@ def test_folder_range_glob_and_tar_are_ways_to_name_the_same_rows(tmp_path):
     assert Pictures(f"{folder}/1.tar", SIZE).keys == everything.keys[2:4]
 
 
+def test_a_hidden_tar_is_no_shard(tmp_path):
+    folder = world(tmp_path / "d", 2)
+    (tmp_path / "d" / "._0.tar").write_bytes(b"what a Mac leaves on other disks")
+    assert Pictures(folder, SIZE).keys == ["k0000", "k0001"]
+
+
+def test_a_linked_folder_is_not_followed_and_named(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.png").write_bytes(encode(noise()))
+        (tmp_path / name / f"{name}.txt").write_text("a")
+    (tmp_path / "here" / "sub").symlink_to(tmp_path / "there")
+    with pytest.raises(ValueError, match="here/sub is a symlink to a folder, which is not followed"):
+        Pictures(tmp_path / "here", SIZE)
+
+
+def test_captions_whose_keys_are_of_no_sample_are_an_error(tmp_path):
+    folder = world(tmp_path / "d", 2)
+    (tmp_path / "d" / "captions.tsv").write_text("k0001\tanother\ngone\tmore\n")
+    assert Pictures(folder, SIZE).captions[1][1:] == ("another",)
+    (tmp_path / "d" / "captions.tsv").write_text("k0000.png\tanother\nk0001.png\tmore\n")
+    with pytest.raises(ValueError, match="captions.tsv: none of its keys is a sample's; a key is a"):
+        Pictures(folder, SIZE)
+
+
 @pytest.mark.parametrize("path, missing", [("d/{0..3}.tar", "d/2.tar"), ("e", "e"),
                                            ("d/x*.tar", r"d/x\*.tar"), ("d/{00..01}.tar", "d/00")])
 def test_what_is_not_there_is_named(path, missing, tmp_path):
@@ -653,6 +678,12 @@ def test_case_and_punctuation_are_no_part_of_a_word():
     first, _ = encoder.encode(["Two 2nd, DON'T! (été)"])
     second, _ = encoder.encode(["'two'-2nd_don't été"])
     assert torch.equal(first, second)
+
+
+def test_vowel_signs_and_accents_are_part_of_a_word_however_they_are_written():
+    assert data.split_words("राम की बेटी, राम का बेटा") == ["राम", "की", "बेटी", "राम", "का", "बेटा"]
+    assert data.split_words("cafe\u0301") == data.split_words("caf\u00e9") == ["caf\u00e9"]
+    assert data.split_words("rock 'n' roll's ''") == ["rock", "n", "roll's"]
 
 
 def test_an_unknown_word_is_named_with_what_is_valid():

@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run, sentences
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
 import sample
@@ -89,6 +91,9 @@ def test_encoding_resumes_by_the_shard_and_ranks_share_them(pictures, encoded, t
         data.encode(str(pictures), tmp_path / "x", [64], vae, t5, rank, world)
     encode(1, 2)
     assert sorted(p.name for p in (tmp_path / "x").glob("*.tar")) == ["00001.tar", "00003.tar"]
+    with pytest.raises(ValueError, match="x has 2 of 4 shards: run python data.py encode to its"):
+        Latents(tmp_path / "x", 8)
+    (tmp_path / "x" / ".00002.tar.tmp").write_bytes(b"a kill left this")
     first = (tmp_path / "x" / "00001.tar").stat().st_mtime_ns
     encode(0, 1)
     assert (tmp_path / "x" / "00001.tar").stat().st_mtime_ns == first
@@ -179,6 +184,45 @@ def test_another_encoder_or_dtype_is_refused(pictures, encoded, trained, tmp_pat
     finally:
         (encoded / "encoded.json").write_text(settings)
     assert code == 2 and "encoded have changed" in sentences(err)[-1]
+
+
+def test_a_sample_whose_json_is_broken_is_left_out_and_named(pictures, tmp_path):
+    for i in range(120):
+        shutil.copy(pictures / "00.png", tmp_path / f"{i:03d}.png")
+        (tmp_path / f"{i:03d}.txt").write_text("a circle")
+    (tmp_path / "007.json").write_text('{"aesthetic_score": 5.0')
+    code, out, err = run("data.py", "encode", tmp_path, tmp_path / ".x", "--sizes", 64, *ENCODERS)
+    assert code == 0, err
+    assert "left out 00000/007: the key.json of 00000/007 is not a JSON object" in out
+    assert "007" not in (found := Latents(tmp_path / ".x", 8)).keys and len(found) == 119
+
+
+@pytest.mark.parametrize("part, spoil, reason", [
+    ("t5", lambda tensors, name: None, "its tokenizer has"),
+    ("t5", lambda tensors, name: tensors.update({name: tensors[name][:-1]}), "cannot be loaded"),
+    ("vae", lambda tensors, name: tensors.pop(name), "it has no "),
+    ("vae", lambda tensors, name: tensors.update({name: tensors[name][:-1]}), "cannot be loaded")])
+def test_an_incomplete_encoder_is_refused(part, spoil, reason, tmp_path):
+    folder = Path(shutil.copytree(RELEASE / part, tmp_path / part))
+    [weights] = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    spoil(tensors, "encoder.final_layer_norm.weight" if part == "t5" else "encoder.conv_in.weight")
+    save_file(tensors, weights, {"format": "pt"})
+    if reason == "its tokenizer has":
+        for path in folder.glob("*token*"):
+            path.unlink()
+    encoder = T5(str(folder)) if part == "t5" else VAE(str(folder))
+    with pytest.raises(ValueError, match=f"{folder} cannot be loaded") as error:
+        encoder.load()
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_training_loads_the_text_encoder_once(encoded, tmp_path, monkeypatch):
+    load, loads = T5.load, []
+    monkeypatch.setattr(T5, "load", lambda self: loads.append(self) or load(self))
+    train.main([*TINY_PAPER, "--data", str(encoded), "--out", str(tmp_path / "run"), "--steps", "2",
+                "--sample-every", "1"])
+    assert len(loads) == 1
 
 
 def test_another_dataset_is_not_mixed_in(pictures, encoded, tmp_path):

@@ -313,7 +313,17 @@ def test_a_kill_while_a_sidecar_is_written_leaves_the_one_before(data, monkeypat
     both = scored(data)
     assert all(set(json.loads(text.splitlines()[0])["rewards"]) == set(REWARDS)
                for text in both.values())
-    assert not list(data.glob("*.tmp"))
+
+
+def test_two_processes_may_score_one_folder(data, scored_world, monkeypatch):
+    sync = os.fsync
+
+    def late(file):                                    # the other one does it all in the meantime
+        monkeypatch.setattr(os, "fsync", sync)
+        assert os.waitpid(forked(lambda: scored(data)), 0)[1] == 0
+        sync(file)
+    monkeypatch.setattr(os, "fsync", late)
+    assert scored(data) == sidecars(scored_world) and not list(data.glob("*.tmp"))
 
 
 def test_two_ranks_equal_one(data, monkeypatch):

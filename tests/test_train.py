@@ -378,6 +378,31 @@ def test_training_and_validation_share_no_picture(parts):
     assert [len(found) for found in names] == [292, 8] and not names[0] & names[1]
 
 
+def unpacked_with_two_cut(world, tmp_path):
+    """The world as a folder of files, where two pictures of 300 end after 100 bytes."""
+    folder = tmp_path / "pictures"
+    with tarfile.open(world / "00000.tar") as tar:
+        tar.extractall(folder, filter="data")
+    for key in ("00000007", "00000123"):
+        path = folder / f"{key}.png"
+        path.write_bytes(path.read_bytes()[:100])
+    return folder
+
+
+def test_a_sample_without_scores_moves_no_other_in_or_out_of_validation(world, tmp_path):
+    folder = unpacked_with_two_cut(world, tmp_path)
+    miro, baseline = (train.prepare_data(train.read_args(
+        [*TINY, "--data", str(folder), "--val", "40", "--rewards", names]), 0)
+        for names in ("all", "none"))
+    for here, there, s in zip(miro[:2], baseline[:2], miro[2:4]):             # training, validation
+        names = [there.name(i) for i in range(len(there))]
+        assert [here.name(i) for i in range(len(here))] == [
+            name for name in names if name not in ("00000/00000007", "00000/00000123")]
+        assert len(s) == len(here) and all(len(levels) == len(texts)
+                                           for levels, texts in zip(s, here.captions))
+    assert len(miro[0]) + len(miro[1]) == 298 and len(baseline[1]) == 40
+
+
 def test_the_encoder_holds_the_longest_caption_as_it_counts_words(tmp_path):
     for i in range(12):
         sample.Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -403,6 +428,7 @@ def test_the_loss_by_quarters_of_t_averages_to_the_loss():
     assert by_t == pytest.approx([float(mse[chosen].mean()) for chosen in quarters], abs=1e-5)
     assert sum(value * float(chosen.float().mean()) for value, chosen in zip(by_t, quarters)) \
         == pytest.approx(loss, abs=1e-4)
+    assert train.summary(mse[:2], torch.tensor([0.1, 0.9]), 1)[1][1:3] == [None, None]   # not 0
 
 
 # ---- runs: resumed, killed, damaged --------------------------------------------------------------
@@ -535,6 +561,15 @@ def test_the_newest_two_states_are_kept_as_tensors_and_plain_types(checkpoint):
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in average)
 
 
+def test_a_run_that_began_in_fp32_goes_on_where_precision_is_fp16(world, checkpoint, tmp_path,
+                                                                   monkeypatch):
+    out = shutil.copytree(checkpoint, tmp_path / "run")
+    (out / "state-00000008.pt").unlink()
+    monkeypatch.setattr(train, "precision", lambda *_: torch.float16)     # auto, on an older GPU
+    train.main([*TINY, "--data", str(world), "--out", str(out), *map(str, EIGHT)])
+    assert state(out)["step"] == 8 and state(out)["scaler"]["scale"] > 0
+
+
 @pytest.mark.parametrize("flag, value", [("lr", 0.1), ("seed", 1), ("optimizer", "lamb"),
                                          ("rewards", "contrast"), ("text_dropout", 0.5)])
 def test_other_flags_do_not_resume_a_run_and_are_named(checkpoint, flag, value):
@@ -648,12 +683,7 @@ def test_dry_run_states_the_cost_and_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_unreadable_pictures_do_not_stop_a_run_and_are_listed(world, tmp_path):
-    folder = tmp_path / "pictures"
-    with tarfile.open(world / "00000.tar") as tar:
-        tar.extractall(folder, filter="data")
-    for key in ("00000007", "00000123"):
-        path = folder / f"{key}.png"
-        path.write_bytes(path.read_bytes()[:100])
+    folder = unpacked_with_two_cut(world, tmp_path)
     code, stdout, stderr = run("train.py", *TINY, "--data", folder, "--rewards", "none", "--batch",
                                32, "--accumulate", 2, "--steps", 10, "--out", tmp_path / "run")
     assert code == 0, stderr
