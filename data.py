@@ -140,7 +140,7 @@ class Index:
     files: list[str] = field(default_factory=list)
     places: array = field(default_factory=lambda: array("q"))    # a row: file, offset, length
     notes: array = field(default_factory=lambda: array("q"))     # the same of a .json with scores
-    arrays: dict[int, dict] = field(default_factory=dict)        # row -> {kind of array: place}
+    arrays: dict[str, array] = field(default_factory=dict)       # kind -> the same of an array
     unreadable: dict[str, str] = field(default_factory=dict)     # "shard/key" -> reason
     faults: list[str] = field(default_factory=list)              # broken structure, in sentences
     duplicates: int = 0
@@ -173,8 +173,10 @@ class Index:
             except ValueError as error:
                 self.unreadable[f"{name}/{key}"] = f"{source}: {error}"
                 continue
-            if arrays := {kind: place for kind, place in parts.items() if ARRAY.fullmatch(kind)}:
-                self.arrays[len(self.keys)] = arrays
+            for kind in filter(ARRAY.fullmatch, parts):
+                column = self.arrays.setdefault(kind, array("q"))
+                column.extend((-1, 0, 0) * (len(self.keys) - len(column) // 3))    # rows without
+                column.extend(parts[kind])
             self.keys.append(key)
             self.captions.append(captions)
             self.places.extend(parts["picture"])
@@ -406,8 +408,10 @@ class Pictures(torch.utils.data.Dataset):
         self.shards, self.keys, self.captions = index.shards, index.keys, index.captions
         self.files, self.unreadable = index.files, index.unreadable
         self.lost = len(index.unreadable)                          # samples that are no rows
-        self.places, self.arrays = np.array(index.places, np.int64).reshape(-1, 3), index.arrays
+        self.places = np.array(index.places, np.int64).reshape(-1, 3)
         self.notes = np.array(index.notes, np.int64).reshape(-1, 3)
+        self.arrays = {kind: np.array(column, np.int64).reshape(-1, 3)
+                       for kind, column in index.arrays.items()}
         self.rows = np.arange(len(self.keys))                      # into places, cache and cached
         self.cache, total = None, 3 * size * size * len(self.keys)
         if total <= memory_gb * 1e9:
@@ -785,19 +789,23 @@ class Latents(Pictures):
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path}/empty.npy, the states of the empty caption, cannot be read "
                              f"({error}): encode into a new folder") from error
-        for row, captions in enumerate(self.captions):
-            kinds = {f"mean{self.size}", f"std{self.size}",
-                     *(f"text{number}" for number in range(len(captions)))}
-            missing = sorted(kinds - self.arrays.get(row, {}).keys())
-            if missing:
-                file = self.files[self.places[row][0]]
-                raise ValueError(f"{file}: {self.name(row)} has no {missing[0]}; remove the tar "
+        captions = np.array([len(texts) for texts in self.captions])                 # (N,)
+        due = {f"mean{self.size}": 0, f"std{self.size}": 0}      # kind -> due with more captions
+        due |= {f"text{number}": number for number in range(captions.max())}
+        for kind, number in due.items():
+            there = np.full((len(self), 3), -1)
+            there[:len(self.arrays.get(kind, ()))] = self.arrays.get(kind, -1)
+            self.arrays[kind] = there
+            missing = np.flatnonzero((there[:, 0] < 0) & (captions > number))
+            if len(missing):
+                file = self.files[self.places[missing[0]][0]]
+                raise ValueError(f"{file}: {self.name(missing[0])} has no {kind}; remove the tar "
                                  "and encode again")
 
     def read(self, i: int, kind: str) -> torch.Tensor:
         """One array of row i, float32. ValueError, naming file and key: it cannot be read."""
         row = int(self.rows[i])
-        number, offset, length = self.arrays[row].get(kind, (self.places[row][0], 0, 0))
+        number, offset, length = self.arrays[kind][row].tolist()
         content = read_bytes(self.files[number], offset, length)
         try:
             values = np.load(io.BytesIO(content), allow_pickle=False)

@@ -437,14 +437,13 @@ def recompute(net: TextRIN) -> None:
                 context_fn=partial(create_selective_checkpoint_contexts, kept))
 
 
-def make_missing(args: Args, path: str, embedded: bool) -> None:
+def make_missing(args: Args, path: str, embedded: bool, latents: Latents | None) -> None:
     """Draw the world, score and bin the data, whatever of it is not there yet.
 
     ValueError: more samples than MAX_UNREADABLE cannot be read or scored."""
     if embedded:
         write_world(path, args.world, seed=0, size=args.size)
-    size = args.size if PRESETS[args.preset]["channels"] == 3 else 8 * args.size
-    pictures = Pictures(path, size)
+    pictures = latents or Pictures(path, args.size)
     failed, samples = pictures.unreadable, len(pictures) + pictures.lost
     scored = len(pictures) and sidecar(pictures.shards[0]).exists()
     names = scored_names(pictures) if scored else default_rewards(pictures.captions)
@@ -497,7 +496,7 @@ def prepare_data(args: Args, rank: int):
                          "python data.py encode DATA OUT, and pass --data OUT")
     pictures = Latents(path, args.size) if latents else None     # before anything is written there
     if rank == 0:
-        make_missing(args, path, embedded)
+        make_missing(args, path, embedded, pictures)
     if dist.is_initialized():
         dist.barrier()
     pictures = pictures or Pictures(path, args.size)
