@@ -171,7 +171,7 @@ class Index:
             try:
                 captions = captions_of(parts)
             except ValueError as error:
-                self.unreadable[f"{name}/{key}"] = f"{source}: {error}"
+                self.unreadable[f"{name}/{key}"] = f"{printable(source)}: {error}"
                 continue
             for kind in filter(ARRAY.fullmatch, parts):
                 column = self.arrays.setdefault(kind, array("q"))
@@ -184,10 +184,15 @@ class Index:
         self.shards.append(Shard(name, folder, start, len(self.keys)))
 
 
+def printable(name: str) -> str:
+    """The name of a file, with bytes that are not UTF-8 as \\udcXX, as text can be written."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Path of a file → its key and "picture", "txt", "json", or "mean256" and such of
     key.mean256.npy, or, for all other files, ""."""
-    name = name.encode("utf-8", "backslashreplace").decode().removeprefix("./")
+    name = printable(name).removeprefix("./")
     folder, slash, base = name.rpartition("/")
     stem, *endings = base.split(".")
     ending = endings[-1].lower() if stem and endings else ""      # .hidden files have no stem
@@ -440,8 +445,8 @@ class Pictures(torch.utils.data.Dataset):
         try:
             return function(read_bytes(file, offset, length))
         except BROKEN as error:
-            self.unreadable[self.name(i)] = f"{file}: {error}"
-            raise ValueError(f"{file}: the picture of {self.name(i)} cannot be read ({error}); "
+            self.unreadable[self.name(i)] = f"{printable(file)}: {error}"
+            raise ValueError(f"{printable(file)}: the picture of {self.name(i)} cannot be read ({error}); "
                              "replace it") from None
 
     def note(self, i: int) -> dict:
@@ -979,14 +984,22 @@ def read_all(index: Index, names: list[str], size: int) -> list[tuple[int, int]]
         try:
             sizes.append(square(read_bytes(file, offset, length), size)[1])
         except BROKEN as error:
-            index.unreadable[name] = f"{file}: {error}"
+            index.unreadable[name] = f"{printable(file)}: {error}"
     return sizes
 
 
+def hashes(captions: tuple[str, ...]) -> list[str]:
+    """16 hex digits a caption, by which a sidecar of scores knows that a caption was changed."""
+    return [hashlib.sha256(caption.encode()).hexdigest()[:16] for caption in captions]
+
+
 def find_scored(index: Index) -> set[str]:
-    """Names of the samples that have scores in their shard's sidecar. A damaged one is a fault."""
+    """Names of the samples whose captions, as they are now, have scores in their shard's sidecar.
+    A damaged sidecar is a fault."""
     scored = set()
     for shard in index.shards:
+        rows = range(shard.start, shard.stop)
+        now = {index.keys[row]: hashes(index.captions[row]) for row in rows}
         sidecar = shard.folder / f"{shard.name}.scores.jsonl"
         lines = sidecar.read_bytes().splitlines() if sidecar.is_file() else []
         for number, line in enumerate(lines, 1):
@@ -995,8 +1008,9 @@ def find_scored(index: Index) -> set[str]:
             except ValueError as error:
                 index.faults.append(str(error))
                 continue
-            if "scores" in record:                    # not the header, not a failed sample
-                scored.add(f"{shard.name}/{record.get('key')}")
+            key = str(record.get("key"))              # none in the header, no scores if it failed
+            if "scores" in record and key in now and record.get("captions") == now[key]:
+                scored.add(f"{shard.name}/{key}")
     return scored
 
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import binning
 import shapes
 from data import (BROKEN, MAX_PIXELS, MAX_UNREADABLE, Pictures, Shard, best_device, decode,
-                  find_tars, first_line, square, to_rgb)
+                  find_tars, first_line, hashes, square, to_rgb)
 from model import RELEASE_REWARDS
 
 ENDING = ".scores.jsonl"         # of a sidecar: <shard name>.scores.jsonl
@@ -810,11 +810,6 @@ def choose_rewards(text: str, captions: Iterable[tuple[str, ...]]) -> tuple[str,
 def sidecar(shard: Shard) -> Path:
     """Where the scores of a shard are."""
     return shard.folder / f"{shard.name}{ENDING}"
-
-
-def hashes(captions: tuple[str, ...]) -> list[str]:
-    """16 hex digits a caption, by which a sidecar knows that a caption was changed."""
-    return [hashlib.sha256(caption.encode()).hexdigest()[:16] for caption in captions]
 
 
 def read_sidecar(path: Path) -> tuple[dict, dict[str, dict]]:

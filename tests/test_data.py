@@ -733,7 +733,9 @@ def test_check_counts_what_is_there(tmp_path, capsys, monkeypatch):
     files += [("long.v2.png", encode(noise(0, 30, 20))), ("long.txt", b"one two three four")]
     tar(tmp_path / "0.tar", [*files, ("mute.png", b"?")])
     tar(tmp_path / "1.tar", [*sample("k1"), ("void.png", b"?"), ("void.txt", b" ")])
-    scores = [{"format": 1}, {"key": "k1", "scores": {}}, {"key": "k2", "error": "why"}]
+    scores = [{"format": 1}, {"key": "k1", "captions": data.hashes(("a k1",)), "scores": {}},
+              {"key": "k2", "error": "why"},
+              {"key": "k3", "captions": data.hashes(("an older k3",)), "scores": {}}]
     (tmp_path / "0.scores.jsonl").write_text("\n".join(map(json.dumps, scores)))
     out, error = run_check(tmp_path, capsys, monkeypatch, size="16")
     assert error == ""
@@ -756,6 +758,23 @@ def test_check_lists_every_fault(tmp_path, capsys, monkeypatch):
                   "1 of 3 samples are unreadable"):
         assert sum(fault in line for line in faults) == 1, (fault, faults)
     assert len(faults) == 5
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 names alone")
+def test_a_file_name_that_is_not_utf_8_is_listed(tmp_path):
+    folder = os.fsencode(tmp_path)
+    for i in range(200):
+        (tmp_path / f"{i}.png").write_bytes(encode(noise(i)))
+        (tmp_path / f"{i}.txt").write_text("a thing")
+    for ending in (b".png", b".txt"):
+        with open(folder + b"/caf\xe9" + ending, "wb") as file:
+            file.write(b"no picture")
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    for script in ("data.py", "rewards.py"):
+        command = [sys.executable, Path(data.__file__).with_name(script),
+                   *["check"] * (script == "data.py"), tmp_path]
+        run = subprocess.run(command, capture_output=True, text=True, env=strict)
+        assert run.returncode == 0 and "caf\\udce9" in run.stdout, (script, run)
 
 
 def test_the_command_line_ends_in_one_sentence_and_code_2(tmp_path):
