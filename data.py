@@ -446,8 +446,8 @@ class Pictures(torch.utils.data.Dataset):
             return function(read_bytes(file, offset, length))
         except BROKEN as error:
             self.unreadable[self.name(i)] = f"{printable(file)}: {error}"
-            raise ValueError(f"{printable(file)}: the picture of {self.name(i)} cannot be read ({error}); "
-                             "replace it") from None
+            raise ValueError(f"{printable(file)}: the picture of {self.name(i)} cannot be read "
+                             f"({error}); replace it") from None
 
     def note(self, i: int) -> dict:
         """The key.json of row i. ValueError: it has none, or it is no JSON object."""

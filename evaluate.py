@@ -35,7 +35,7 @@ import rewards
 import sample
 import shapes
 from data import (BROKEN, MAX_UNREADABLE, T5, Pictures, decode, first_line, precision,
-                  to_rgb)
+                  split_words, to_rgb)
 from model import PRESETS, Config, TextRIN
 from rewards import ANALYTIC, PAPER, score_all
 from shapes import TASKS
@@ -288,6 +288,15 @@ def benchmark(n: int, seed: int = 0) -> list[dict]:
     """n prompts that training never saw, the six tasks in turn, and what must be in a picture."""
     texts = [shapes.prompts(task, -(-n // len(TASKS)), seed) for task in TASKS]
     return [metadata_of(task, text) for six in zip(*texts) for task, text in zip(TASKS, six)][:n]
+
+
+def check_words(model: sample.Model, source: str | Path, wanted: Sequence[dict]) -> None:
+    """ValueError: the model was trained on other words than those of the embedded world."""
+    known = getattr(model.encoder, "index", None)                    # a T5 reads every word
+    if known and any(word not in known for want in wanted for word in split_words(want["prompt"])):
+        raise ValueError(f"{source} was not trained on captions of the embedded world, which are "
+                         f"asked for here: use python evaluate.py rewards {source} --prompts FILE, "
+                         "with words of its own captions")
 
 
 def objects_of(things: Sequence[shapes.Thing], size: int) -> dict[str, list[Found]]:
@@ -1196,6 +1205,8 @@ def generate_command(args, device: torch.device) -> Path:
         wanted = geneval_prompts()
     else:
         wanted = read_wanted(args.prompts) if args.prompts else benchmark(600)
+        if not args.prompts:
+            check_words(model, args.source, wanted)
         names = rewards.choose_rewards(args.rewards, [(want["prompt"],) for want in wanted])
         args.rewards = ",".join(rewards.available(names, args.models, args.keep_going))
     folder = Path(args.out or Path(args.source) / "pictures")
@@ -1219,8 +1230,10 @@ def main(argv=None) -> None:
     elif args.command in ("shapes", "control"):
         for folder in map(Path, args.checkpoints):
             print(folder)
+            model = sample.load(folder, device)
+            check_words(model, folder, benchmark(args.n))
             command = judge_shapes if args.command == "shapes" else control_command
-            command(sample.load(folder, device), folder, args)
+            command(model, folder, args)
     elif args.command == "rewards":
         folder = Path(args.source)
         if not folder.exists() or (folder / (args.variant or "") / "model.safetensors").exists():

@@ -889,13 +889,23 @@ def write_sidecar(path: Path, shard: str, rewards: dict, size: int | None, lines
 
 
 def scored_names(pictures: Pictures) -> tuple[str, ...]:
-    """The rewards that the first shard has scores of. FileNotFoundError: it was never scored."""
+    """The rewards that the first shard has scores of. FileNotFoundError: it was never scored;
+    ValueError: as pictures of another size."""
     path = sidecar(pictures.shards[0])
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; run python rewards.py "
                                     f"{pictures.path} --size {pictures.size}")
     header, _ = read_sidecar(path)
+    check_size(path, header, pictures, f"run python rewards.py {pictures.path} --size "
+                                       f"{pictures.size}")
     return tuple(name for name in REWARDS if name in header["rewards"])
+
+
+def check_size(path: Path, header: dict, pictures: Pictures, redo: str) -> None:
+    """ValueError: a sidecar's analytic scores are of pictures of another size."""
+    if set(header["rewards"]) & set(ANALYTIC) and header["size"] != pictures.size:
+        raise ValueError(f"{path} has the scores of pictures of {header['size']} pixels, not "
+                         f"{pictures.size}; pass --size {header['size']} or {redo}")
 
 
 def read_scores(pictures: Pictures, names: Sequence[str]) -> tuple[list[int], list[np.ndarray]]:
@@ -915,9 +925,8 @@ def read_scores(pictures: Pictures, names: Sequence[str]) -> tuple[list[int], li
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; {redo}")
         header, lines = read_sidecar(path)
-        if set(names) & set(ANALYTIC) and header["size"] != pictures.size:
-            raise ValueError(f"{path} has the scores of pictures of {header['size']} pixels, not "
-                             f"{pictures.size}; pass --size {header['size']} or {redo}")
+        if set(names) & set(ANALYTIC):
+            check_size(path, header, pictures, redo)
         for name in names:
             found = header["rewards"].get(name)
             wanted = SCORERS[name][1] if name in SCORERS else scorers.setdefault(name, found)

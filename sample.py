@@ -167,7 +167,7 @@ def load(folder, device: torch.device) -> Model:
     for file in (config_file, weights_file):
         if not file.exists():
             raise FileNotFoundError(f"{file} does not exist: train with python train.py, or name a "
-                                    "checkpoint folder with --checkpoint")
+                                    "folder that has a checkpoint")
     try:
         weights = load_file(weights_file)
     except SafetensorError as error:

@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -39,55 +39,60 @@ import sample
 from data import (MAX_UNREADABLE, PRECISIONS, T5, VAE, Latents, Pictures, Words, batches,
                   first_line, precision, split_words)
 from model import PRESETS, Compute, Config, Cross, RMSNorm, TextRIN
-from rewards import (ANALYTIC, PAPER, check_names, choose_rewards, default_rewards, read_scores,
-                     score_all, score_dataset, scored_names, sidecar)
+from rewards import (ANALYTIC, PAPER, REWARDS, check_names, choose_rewards, default_rewards,
+                     read_scores, score_all, score_dataset, scored_names, sidecar)
 from shapes import TASKS, WORDS, prompts, write_world
+
+
+def flag(default, words: str):
+    """A field of Args, explained in --help."""
+    return field(default=default, metadata=dict(help=words))
 
 
 @dataclass
 class Args:
     """Every flag; None takes the preset's value: RECIPES below, PRESETS in model.py."""
-    preset: str = "shapes"           # shapes or paper: the network and its recipe
-    data: str | None = None          # folder of tars or pictures (data.py); default: the world
-    out: str | None = None           # folder of the run; default runs/PRESET
-    rewards: str = "all"             # all, none, or a,b,c: what the network is told
-    size: int | None = None          # side of the data: pixels, or latents of 8 pixels each
-    patch: int | None = None         # side of a patch; it divides size
-    blocks: int | None = None        # RIN blocks
-    layers: int | None = None        # self-attention layers in a block
-    latents: int | None = None       # number of latents
-    latent_dim: int | None = None    # their width
-    data_dim: int | None = None      # width of the data tokens
-    steps: int | None = None         # optimizer steps
-    batch: int | None = None         # samples a step, over all ranks
-    accumulate: int = 1              # micro-batches a step and rank
-    optimizer: str | None = None     # muon, adamw or lamb (the paper's)
-    lr: float | None = None          # peak learning rate (muon: of all but inner matrices)
-    matrix_lr: float | None = None   # muon: of the matrices of the inner layers
-    weight_decay: float | None = None
-    warmup: int | None = None        # steps of linear warm-up
-    cosine_rate: float | None = None # share of the half cosine that is run through
-    clip: float = 2.0                # gradient norm
-    ema: float | None = None         # decay of the averaged weights, per step
-    t_mean: float | None = None      # mean of logit(t): 0 the release's, above 0 nearer to noise
-    self_condition: float | None = None   # share of samples that start from their own latents
-    reward_dropout: float = 0.0      # share of reward levels withheld
-    text_dropout: float = 0.0        # share of captions replaced by the empty one
-    bins: int | None = None          # reward levels
-    world: int = 10000               # pictures of the embedded world
-    val: int = 256                   # samples kept out for the validation loss
-    seed: int = 0
-    precision: str = "auto"          # fp32, bf16 or fp16; auto: bf16 or fp16 on CUDA, else fp32
-    compile: bool = False            # torch.compile
-    recompute: bool = False          # keep matrix products alone for the backward pass: less memory
-    workers: int | None = None       # processes that read pictures, per rank
-    text_encoder: str | None = None  # latents: where the T5 of the encoded DATA is now
-    vae: str | None = None           # latents: where its VAE is now
-    log_every: int = 50
-    save_every: int | None = None    # steps between checkpoints
-    keep_every: int = 0              # steps between checkpoints that stay, to be compared; 0: none
-    sample_every: int | None = None  # steps between validation and the grid
-    dry_run: bool = False            # say what would be done, and stop
+    preset: str = flag("shapes", "shapes or paper: the network and its recipe")
+    data: str | None = flag(None, "folder of tars or pictures; default: the embedded world")
+    out: str | None = flag(None, "folder of the run; default: runs/PRESET")
+    rewards: str = flag("all", "all, none, or a,b,c: what the network is told")
+    size: int | None = flag(None, "side of the data: pixels, or latents of 8 pixels each")
+    patch: int | None = flag(None, "side of a patch; it divides size")
+    blocks: int | None = flag(None, "RIN blocks")
+    layers: int | None = flag(None, "self-attention layers in a block")
+    latents: int | None = flag(None, "number of latents")
+    latent_dim: int | None = flag(None, "their width")
+    data_dim: int | None = flag(None, "width of the data tokens")
+    steps: int | None = flag(None, "optimizer steps")
+    batch: int | None = flag(None, "samples a step, over all ranks")
+    accumulate: int = flag(1, "micro-batches a step and rank")
+    optimizer: str | None = flag(None, "muon, adamw or lamb (the paper's)")
+    lr: float | None = flag(None, "peak learning rate (muon: of all but inner matrices)")
+    matrix_lr: float | None = flag(None, "muon: of the matrices of the inner layers")
+    weight_decay: float | None = flag(None, "of the optimizer")
+    warmup: int | None = flag(None, "steps of linear warm-up")
+    cosine_rate: float | None = flag(None, "share of the half cosine that is run through")
+    clip: float = flag(2.0, "largest norm of the gradient")
+    ema: float | None = flag(None, "decay of the averaged weights, per step")
+    t_mean: float | None = flag(None, "mean of logit(t): 0 the release's, above 0 nearer to noise")
+    self_condition: float | None = flag(None, "share of samples that start from their own latents")
+    reward_dropout: float = flag(0.0, "share of reward levels withheld")
+    text_dropout: float = flag(0.0, "share of captions replaced by the empty one")
+    bins: int | None = flag(None, "reward levels")
+    world: int = flag(10000, "pictures of the embedded world")
+    val: int = flag(256, "samples kept out for the validation loss")
+    seed: int = flag(0, "of weights, order and noise (the embedded world has its own)")
+    precision: str = flag("auto", "fp32, bf16 or fp16; auto: bf16 or fp16 on CUDA, else fp32")
+    compile: bool = flag(False, "torch.compile")
+    recompute: bool = flag(False, "keep matrix products alone for the backward pass: less memory")
+    workers: int | None = flag(None, "processes that read pictures, per rank")
+    text_encoder: str | None = flag(None, "latents: where the T5 of the encoded DATA is now")
+    vae: str | None = flag(None, "latents: where its VAE is now")
+    log_every: int = flag(50, "steps between lines of the log")
+    save_every: int | None = flag(None, "steps between checkpoints")
+    keep_every: int = flag(0, "steps between checkpoints that stay, to be compared; 0: none")
+    sample_every: int | None = flag(None, "steps between validation and the grid")
+    dry_run: bool = flag(False, "say what would be done, and stop")
 
 
 RECIPES = {
@@ -343,18 +348,23 @@ def same_run(found: dict, wanted: dict, out: Path) -> None:
 def read_args(argv=None) -> Args:
     """Flags over the preset's recipe and network; ValueError on what cannot be."""
     parser = argparse.ArgumentParser(description="train MIRO; no argument runs the whole main job")
-    for field in fields(Args):
-        flag = "--" + field.name.replace("_", "-")
+    recipes = {preset: PRESETS[preset] | RECIPES[preset] for preset in RECIPES}
+    for one in fields(Args):
+        name, words = "--" + one.name.replace("_", "-"), one.metadata["help"]
+        presets = ", ".join(f"{preset} {its[one.name]}" for preset, its in recipes.items()
+                            if one.name in its)
         kind = {"int | None": int, "float | None": float, "str | None": str}.get(
-            str(field.type), field.type)
-        if field.type is bool:
-            parser.add_argument(flag, action="store_true")
+            str(one.type), one.type)
+        if one.type is bool:
+            parser.add_argument(name, action="store_true", help=words)
         else:
-            parser.add_argument(flag, type=kind, default=field.default)
+            if one.default is not None or presets:
+                words += f" (default: {presets or one.default})"
+            parser.add_argument(name, type=kind, default=one.default, help=words)
     args = Args(**vars(parser.parse_args(argv)))
     if args.preset not in PRESETS:
         raise ValueError(f"--preset {args.preset}: there are {' and '.join(PRESETS)}")
-    for key, value in (PRESETS[args.preset] | RECIPES[args.preset]).items():
+    for key, value in recipes[args.preset].items():
         if getattr(args, key, 0) is None:
             setattr(args, key, value)
     args.out = args.out or f"runs/{args.preset}"
@@ -445,11 +455,13 @@ def make_missing(args: Args, path: str, embedded: bool, latents: Latents | None)
         write_world(path, args.world, seed=0, size=args.size)
     pictures = latents or Pictures(path, args.size)
     failed, samples = pictures.unreadable, len(pictures) + pictures.lost
-    scored = len(pictures) and sidecar(pictures.shards[0]).exists()
-    names = scored_names(pictures) if scored else default_rewards(pictures.captions)
-    own = [name for name in names if name in ANALYTIC]        # networks are left to rewards.py
-    if args.rewards != "none" and own:
-        failed = score_dataset(pictures, own)
+    if args.rewards != "none":
+        scored = len(pictures) and sidecar(pictures.shards[0]).exists()
+        found = scored_names(pictures) if scored else ()
+        wanted = default_rewards(pictures.captions) if embedded or not scored else ()
+        names = tuple(name for name in REWARDS if name in found or name in wanted)
+        own = [name for name in names if name in ANALYTIC]    # networks are left to rewards.py
+        failed = score_dataset(pictures, own) if own else failed
     if len(failed) > MAX_UNREADABLE * samples:
         raise ValueError(f"{path}: {len(failed)} of {samples} samples cannot be used (the limit is "
                          f"{MAX_UNREADABLE:.0%}): see python data.py check {path}")
@@ -463,8 +475,11 @@ def levels_of(args: Args, pictures: Pictures) -> tuple:
     ValueError: bins.json has other bins, other rewards, or was fitted on other scores."""
     path, file = pictures.path, pictures.shards[0].folder / "bins.json"
     bins = binning.load(file)
-    names = (bins.names if args.rewards == "all"
-             else choose_rewards(args.rewards, pictures.captions))
+    if args.rewards != "all":
+        names = choose_rewards(args.rewards, pictures.captions)
+    else:                        # of DATA all that has bins; of the world all that rewards.py has
+        world = default_rewards(pictures.captions) if args.data is None else ()
+        names = bins.names + tuple(name for name in world if name not in bins.names)
     if bins.edges.shape[1] + 1 != args.bins:
         raise ValueError(f"{file} has {bins.edges.shape[1] + 1} bins, --bins asks for "
                          f"{args.bins}: pass the same, or remove the file")

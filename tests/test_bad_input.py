@@ -331,6 +331,18 @@ def bins_of_too_few_rewards(place):
     return (train(place, "--rewards", "alignment,contrast"), "bins.json has no bins of alignment")
 
 
+def bins_of_too_few_rewards_for_the_embedded_world(place):
+    shutil.copytree(place._world, "runs/world")
+    run("binning.py", "runs/world", "--size", 16, "--bins", 8, "--rewards", "contrast")
+    return (train(place, "--world", "300", data=False),
+            "runs/world/bins.json has no bins of alignment, colorfulness, sharpness, composition")
+
+
+def training_at_another_size_than_was_scored(place):
+    return (train(place, "--size", "12"), "world/00000.scores.jsonl has the scores of pictures of "
+            "16 pixels, not 12; pass --size 16 or run python rewards.py world --size 12")
+
+
 def half_of_bins(place):
     path = place.world / "bins.json"
     path.write_text(path.read_text()[:500])
@@ -415,6 +427,27 @@ def other_size(place):
 def missing_checkpoint(place):
     return ("sample.py", "--checkpoint", "nowhere", "--prompt", "a triangle"), \
         "nowhere/config.json does not exist: train with python train.py"
+
+
+def other_words_than_the_embedded_world(place, *arguments):
+    place.edit(place.checkpoint / "config.json", lambda config: config["text_encoder"].update(
+        vocabulary=[word.replace("circle", "heart")
+                    for word in config["text_encoder"]["vocabulary"]]))
+    return (("evaluate.py", *arguments),
+            "run was not trained on captions of the embedded world, which are asked for here: use "
+            "python evaluate.py rewards run --prompts FILE")
+
+
+def shapes_of_other_words(place):
+    return other_words_than_the_embedded_world(place, "shapes", "run", "--n", 12)
+
+
+def control_of_other_words(place):
+    return other_words_than_the_embedded_world(place, "control", "run")
+
+
+def rewards_of_other_words(place):
+    return other_words_than_the_embedded_world(place, "rewards", "run")
 
 
 def missing_weights(place):

@@ -10,6 +10,7 @@ import socket
 import tarfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,8 +25,9 @@ import evaluate
 import flow
 import sample
 import train
-from data import Words
+from data import Pictures, Words
 from model import PRESETS, Config, RMSNorm, TextRIN
+from rewards import ANALYTIC, score_dataset
 
 CPU = torch.device("cpu")
 EIGHT = ["--steps", 8, "--save-every", 2, "--log-every", 2]          # as the checkpoint was made
@@ -689,6 +691,20 @@ def test_unreadable_pictures_do_not_stop_a_run_and_are_listed(world, tmp_path):
     assert code == 0, stderr
     assert "left out 00000/00000007: " in stdout and "left out 00000/00000123: " in stdout
     assert not any(folder.glob("*scores*"))
+
+
+def test_a_reward_that_the_scored_world_lacks_is_scored_and_told(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world, "runs/world")
+    for name in ("00000.scores.jsonl", "bins.json"):
+        Path("runs/world", name).unlink()
+    score_dataset(Pictures("runs/world", 16), ("contrast",))
+    monkeypatch.setattr(evaluate, "evaluate_folder", lambda *given: None)
+    code, _, stderr = run("train.py", *TINY, "--world", 300, "--steps", 2)
+    assert code == 0, stderr
+    config = json.loads(Path("runs/shapes/config.json").read_text())
+    assert config["network"]["rewards"] == [*ANALYTIC]
+    assert config["targets"] == sample.WORLD_TARGETS
 
 
 def test_one_command_makes_scores_and_bins_the_world_and_trains_and_evaluates(
