@@ -921,7 +921,9 @@ def compare(folders: Sequence[str], out: Path, args, device: torch.device) -> st
     number the mean over seeds ± its standard error. --targets and --guidance are of "all". Curves
     and best of N are of "none" and "all" alone.
     """
-    runs = runs_of(folders, device)
+    runs, wanted = runs_of(folders, device), benchmark(max(args.n, args.curve, args.best))
+    for run in (run for seeds in runs.values() for run in seeds.values()):
+        check_words(run["model"], run["folder"], wanted)
     for run in runs["all"].values():
         levels(run["model"], 1, *args.targets)            # a wrong one stops before hours are spent
     for kind, seeds in runs.items():
