@@ -11,11 +11,13 @@
 `shapes`, `control` and `compare` measure the embedded world with exact oracles, on captions that
 training never saw (shapes.held_out; their claims it did see, with other endings). `shapes` judges
 as GenEval does (Ghosh et al. 2023, arXiv 2310.11513), and is not GenEval: its things are shapes.
-All go on where they were stopped: `geneval` picture by picture, `rewards` too, but 1,000 pictures
-at a time once it scores; `control` and `compare` by what the run's measured.json keeps.
+All but `shapes` go on where they were stopped: `geneval` picture by picture, `rewards` too, but
+1,000 pictures at a time once it scores; `control` and `compare` by what the run's measured.json
+keeps.
 """
 import argparse
 import hashlib
+import io
 import json
 import shutil
 import sys
@@ -34,7 +36,7 @@ from tqdm import tqdm
 import rewards
 import sample
 import shapes
-from data import (BROKEN, MAX_UNREADABLE, T5, Pictures, decode, first_line, precision,
+from data import (BROKEN, FORMATS, MAX_UNREADABLE, T5, Pictures, decode, first_line, precision,
                   split_words, to_rgb)
 from model import PRESETS, Config, TextRIN
 from rewards import ANALYTIC, PAPER, score_all
@@ -135,7 +137,7 @@ def summary(results: Sequence[dict], title: str) -> str:
     """GenEval's summary."""
     by_prompt = {}
     for line in results:
-        by_prompt.setdefault(Path(line["filename"]).parts[0], []).append(line["correct"])
+        by_prompt.setdefault(line["metadata"], []).append(line["correct"])
     found = accuracies(results)
     lines = [f"{title}\n{len(results)} images of {len(by_prompt)} prompts; correct: "
              f"{np.mean([line['correct'] for line in results]):.2%} of the images, "
@@ -204,7 +206,8 @@ def sampler_of(model: sample.Model, guidance: float | None, steps: int | None) -
     dtype = precision(model.precision, model.device)
     if dtype != torch.float32:
         asked["precision"] = str(dtype)
-    return dict(weights=digest_of(model), **model.config["sampler"] | asked)
+    pixels = digest([model.config["mean"], model.config["std"]])
+    return dict(weights=digest_of(model), pixels=pixels, **model.config["sampler"] | asked)
 
 
 def levels(model: sample.Model, n: int, *targets: str) -> torch.Tensor:
@@ -241,6 +244,8 @@ def generate_folder(model: sample.Model, wanted: Sequence[dict], out: Path, args
         raise ValueError(f"{out} is a file or lies in one: name another folder")
     if file.exists():
         there = read_json(file)
+        if not isinstance(there, dict):
+            raise ValueError(f"{file} is damaged: remove it")
         for key in settings:
             if there.get(key, "nothing") != settings[key]:
                 raise ValueError(f"{out} has pictures of other {key} ({there.get(key)}, now "
@@ -498,7 +503,8 @@ def judge_shapes(model: sample.Model, folder: Path, args) -> None:
             print(f"{name:14}{column.mean():9.3f} ± {column.std() / args.n ** 0.5:.3f}")
     else:
         evaluate_folder(model, folder, args.n, args.seed, args.guidance, args.steps)
-    right = detector_accuracy(args.n, model.net.config.size, args.seed)
+    side = model.net.config.size * (8 if model.vae else 1)
+    right = detector_accuracy(args.n, side, args.seed)
     print(summary(read_results(folder / "shapes-benchmark" / "results.jsonl"),
                   "GenEval's tasks and rules on the embedded world (this is not GenEval)"))
     print(f"the detector judges {right['true']:.1%} of {args.n} clean drawings as what was drawn, "
@@ -655,7 +661,9 @@ def score_geneval(folder: Path, models: str | None, device: torch.device) -> Non
     """Judge the pictures of a layout that its results.jsonl does not have as they are, by these
     networks; print the summary. FileNotFoundError: a network's files are missing."""
     prompts, file = read_layout(folder), folder / "results.jsonl"
-    done = {line["filename"]: line for line in read_results(file)}
+    names = [str(path.relative_to(folder)) for _, pictures in prompts for path in pictures]
+    known = {line["filename"]: line for line in read_results(file)}
+    done = {name: known[name] for name in names if name in known}          # others are gone
     patterns = ("*config.json", "*.safetensors")
     folders = [rewards.fetch(kind.SOURCE, patterns, models, "geneval score needs", disk)
                for kind, disk in ((Detector, 0.3), (Colors, 1.7))]
@@ -664,12 +672,13 @@ def score_geneval(folder: Path, models: str | None, device: torch.device) -> Non
         for path in pictures:
             name = str(path.relative_to(folder))
             of = dict(picture=hashlib.sha256(path.read_bytes()).hexdigest()[:16], judges=judges)
-            known = done.get(name, {})
-            if known.get("metadata") != json.dumps(wanted) or of.items() - known.items():
+            line = done.get(name, {})
+            if line.get("metadata") != json.dumps(wanted) or of.items() - line.items():
                 todo.append((wanted, path, of))
                 done.pop(name, None)
     if todo:
         detector, colors = Detector(folders[0], device), Colors(folders[1], device)
+    if todo or done.keys() != known.keys():
         write_file(file, "".join(json.dumps(line) + "\n" for line in done.values()))
     for wanted, path, of in tqdm(todo, desc="judging", unit="picture"):
         try:
@@ -682,7 +691,6 @@ def score_geneval(folder: Path, models: str | None, device: torch.device) -> Non
         done[line["filename"]] = line
         with open(file, "a") as out:
             out.write(json.dumps(line) + "\n")
-    names = [str(path.relative_to(folder)) for _, pictures in prompts for path in pictures]
     counts, all_ = [len(pictures) for _, pictures in prompts], len(geneval_prompts())
     partial = len(counts) < all_ or min(counts) < max(counts)
     print(summary([done[name] for name in names], f"GenEval with the detector {Detector.SOURCE}"
@@ -695,13 +703,12 @@ def score_geneval(folder: Path, models: str | None, device: torch.device) -> Non
 def read_wanted(path: str) -> list[dict]:
     """The prompts of a file: a line each as sample.py reads them, or PartiPrompts' table
     (Prompt, tab, Category, ...)."""
-    file = Path(path)
-    if file.is_file() and file.read_bytes().startswith(b"Prompt\t"):
-        rows = [line.split("\t") for line in file.read_text().splitlines()[1:] if line.strip()]
+    jobs = sample.read_prompts(path)
+    if jobs[0]["prompt"].startswith("Prompt\t"):
+        rows = [job["prompt"].split("\t") for job in jobs[1:]]
         if not rows:
             raise ValueError(f"--prompts {path} has a heading and no prompt")
         return [dict(tag=(row + ["prompts"])[1], prompt=row[0]) for row in rows]
-    jobs = sample.read_prompts(path)
     if more := {key for job in jobs for key in job} - {"prompt"}:
         raise ValueError(f"--prompts {path}: here a line has a prompt alone, not {min(more)}: pass "
                          "--targets, for all")
@@ -721,13 +728,40 @@ def refuse_older_scores(pictures: Pictures) -> None:
                                  "to score anew, or touch it to keep them")
 
 
+def side_of(folder: Path, names: Sequence[str]) -> int:
+    """The short side in pixels of a folder's pictures, which analytic rewards see whole.
+
+    ValueError: such rewards are asked for, and the sides differ."""
+    pictures, sides = Pictures(str(folder), 1, memory_gb=0), set()
+    for row in range(len(pictures)):
+        try:
+            sides.add(pictures.cut(row, lambda data: min(
+                Image.open(io.BytesIO(data), formats=FORMATS).size)))
+        except ValueError:
+            continue                                             # counted when it is scored
+    if len(sides) > 1 and set(names) & set(ANALYTIC):
+        raise ValueError(f"{folder} has pictures with short sides of {min(sides)} to {max(sides)} "
+                         "pixels, on which analytic rewards depend: pass --size, for all")
+    return min(sides, default=1)
+
+
+def refuse_other_sizes(pictures: Pictures) -> None:
+    """ValueError: there are analytic scores of another size, which training may need."""
+    for file in map(rewards.sidecar, pictures.shards):
+        size = rewards.read_sidecar(file)[0]["size"] if file.exists() else None
+        if size not in (None, pictures.size):
+            raise ValueError(f"{file} has scores of pictures of {size} pixels, which those of "
+                             f"{pictures.size} would replace: pass --size {size}, or copy the "
+                             "pictures to another folder")
+
+
 def mean_rewards(folder: Path, args, device: torch.device) -> None:
     """Score a folder of pictures with prompts (data.py reads it); print each reward's mean, and its
     standard error over prompts. Scores of each picture: its sidecar, as rewards.py writes it."""
-    pictures = Pictures(str(folder), 1, memory_gb=0)
-    side = pictures.cut(0, lambda data: min(decode(data)[0].size))     # analytic rewards see all
-    pictures = Pictures(str(folder), side, memory_gb=0)
-    names = rewards.choose_rewards(args.rewards, pictures.captions)
+    names = rewards.choose_rewards(args.rewards, Pictures(str(folder), 1, memory_gb=0).captions)
+    pictures = Pictures(str(folder), args.size or side_of(folder, names), memory_gb=0)
+    if set(names) & set(ANALYTIC):
+        refuse_other_sizes(pictures)
     refuse_older_scores(pictures)
     found = rewards.available(names, args.models, args.keep_going)
     groups = rewards.groups_of(found, args.memory_gb, device)
@@ -891,10 +925,13 @@ def runs_of(folders: Sequence[str], device: torch.device) -> dict[str, dict[int,
         flags = dict(model.config.get("args", {}))
         kind, seed = kind_of(model.config), flags.pop("seed", 0)
         flags.pop("rewards", None)
-        first = first or flags
-        if other := [key for key in first if flags.get(key) != first[key]]:
+        first = flags if first is None else first
+        if (done := model.config.get("step", flags.get("steps"))) != flags.get("steps"):
+            raise ValueError(f"{folder} has come to step {done} of {flags['steps']}: let it finish "
+                             "(its python train.py command again)")
+        if other := [key for key in first | flags if flags.get(key) != first.get(key)]:
             raise ValueError(f"{folder} was trained with --{other[0].replace('_', '-')} "
-                             f"{flags.get(other[0])}, {folders[0]} with {first[other[0]]}"
+                             f"{flags.get(other[0])}, {folders[0]} with {first.get(other[0])}"
                              ": runs to compare differ in rewards and seed alone")
         place, mean = means.setdefault(seed, (folder, model.config["mean"]))
         if not np.allclose(model.config["mean"], mean, 1e-6):      # the seed draws what is kept out
@@ -1137,6 +1174,7 @@ def read_command(argv=None) -> argparse.Namespace:
     add("--rewards", default="analytic", help="analytic, all (the paper's seven), or a,b,c")
     add("--prompts", help="file: prompts, or PartiPrompts' table; default: the embedded world's")
     add("--out", help="folder of a checkpoint's pictures; default: CKPT/pictures")
+    add("--size", type=int, help="side that analytic rewards see; default: the pictures' own")
     add("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
     add("--memory-gb", type=float, default=48.0, help="for networks, which go in groups that fit")
     add("--keep-going", action="store_true", help="leave out rewards whose files are missing")
@@ -1148,7 +1186,7 @@ def read_command(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     curves = len(TASKS) if getattr(args, "curve", 0) else 0
     least = dict(n=len(TASKS), curve=curves, best=1, candidates=0, levels=2, tokens=1, samples=1,
-                 batch=1, steps=1, seed=0, guidance=0)
+                 batch=1, steps=1, seed=0, guidance=0, size=3)
     for key, low in least.items():
         value = getattr(args, key, None)
         if value is not None and not low <= value < 2 ** 31:                     # not: NaN, too
@@ -1240,9 +1278,12 @@ def main(argv=None) -> None:
         folder = Path(args.source)
         if not folder.exists() or (folder / (args.variant or "") / "model.safetensors").exists():
             folder = generate_command(args, device)
-        elif args.prompts or args.targets or args.out or args.negative_prompt is not None:
+        elif args.prompts or args.targets or args.out or args.seed or args.samples != 1 or any(
+                value is not None for value in (args.negative_prompt, args.guidance, args.steps,
+                                                args.variant, args.text_encoder, args.vae)):
             raise ValueError(f"{folder} is no checkpoint (it has no model.safetensors): --prompts, "
-                             "--targets, --negative-prompt and --out are for making pictures")
+                             "--targets, --out and all that changes a sampler are for making "
+                             "pictures")
         mean_rewards(folder, args, device)
     elif args.part == "generate":
         folder = generate_command(args, device)

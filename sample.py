@@ -79,8 +79,8 @@ def find(checkpoint: str, variant: str | None) -> Path:
                 if name != "uncond_embedding.npy":          # ours have none
                     raise
     except (OSError, ValueError, EntryNotFoundError) as error:       # HTTP errors are OSErrors there
-        raise FileNotFoundError(f"--checkpoint {folder}: there is no such folder, and the hub does "
-                                f"not give it ({first_line(error)})") from error
+        raise FileNotFoundError(f"{folder}: there is no such folder, and the hub does not give it "
+                                f"({first_line(error)}): name a checkpoint") from error
     return Path(path).parent
 
 
@@ -180,8 +180,11 @@ def load(folder, device: torch.device) -> Model:
         if config["format"] != 1:
             raise ValueError(f"its format is {config['format']}, not 1")
         missing = {"mean", "std", "sampler", "prompts", "score_std"} - set(config)
+        missing |= SAMPLERS["paper"].keys() - config.get("sampler", {}).keys()
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        if {len(config["mean"]), len(config["std"])} != {config["network"]["channels"]}:
+            raise ValueError("mean and std have one number a channel")
         net = TextRIN(Config(**config["network"]))
         encoder = encoder_of(config["text_encoder"])
         bins = binning.Bins.from_config(config["bins"]) if config["bins"] else None
@@ -227,22 +230,31 @@ def generate(model: Model, prompts: list, s_pos: torch.Tensor, s_neg: torch.Tens
 
     guidance, steps, solver, shift: None takes the checkpoint's own. negative_prompt: the caption
     of the negative branch, None = the same caption (the paper's equation 5), "" = the release's
-    choice. Returns uint8 (B, 3, S, S) on the CPU, of latents (B, 3, 8 S, 8 S).
+    choice. Returns uint8 (B, 3, S, S) on the CPU, of latents (B, 3, 8 S, 8 S). ValueError: the
+    network gives numbers that are not finite, which would be black pictures.
     """
     c, defaults = model.config["network"], model.config["sampler"]
     eps = noise(seeds, (c["channels"], c["size"], c["size"]))                    # (B, C, S, S)
-    (text, mask), (text_neg, mask_neg) = captions(model, prompts, negative_prompt)
-    tensors = [a.to(model.device) for a in (eps, s_pos, s_neg, text, mask, text_neg, mask_neg)]
+    if isinstance(model.encoder, T5):                     # which reads all at once, and remembers
+        model.encoder.device = model.device
+        saved = negative_prompt is None or negative_prompt == "" and model.empty is not None
+        model.encoder.states(prompts if saved else [*prompts, negative_prompt])
     asked = dict(guidance=guidance, steps=steps, solver=solver, shift=shift)
     chosen = defaults | {key: value for key, value in asked.items() if value is not None}
     w = chosen.pop("guidance")
     dtype = precision(model.precision, model.device)
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        x = [flow.sample(model.net, *(a[i:i + batch] for a in tensors), w=w, interval=interval,
-                         progress=progress, **chosen)
-             for i in range(0, len(prompts), batch)]
+        x = []
+        for part in (slice(i, i + batch) for i in range(0, len(prompts), batch)):
+            positive, negative = captions(model, prompts[part], negative_prompt)
+            tensors = (eps[part], s_pos[part], s_neg[part], *positive, *negative)
+            x.append(flow.sample(model.net, *(a.to(model.device) for a in tensors), w=w,
+                                 interval=interval, progress=progress, **chosen).cpu())
     mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    x = torch.cat(x).cpu() * std + mean                                          # (B, C, S, S)
+    x = torch.cat(x) * std + mean                                                # (B, C, S, S)
+    if not x.isfinite().all():
+        raise ValueError("the network's pictures are not finite numbers: lower --guidance, pass "
+                         "--precision fp32, or take an earlier checkpoint")
     if model.vae is not None:
         model.vae.move(model.device)
         return model.vae.decode(x)                                               # (B, 3, 8 S, 8 S)
@@ -530,6 +542,8 @@ def read_command(argv=None):
     for key in ("seed", "guidance", "shift"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < 2 ** 62:  # nor NaN
             raise ValueError(f"--{key} {getattr(args, key)}: it is 0 or more")
+    if args.by and args.best_of == 1:
+        raise ValueError(f"--by {args.by} chooses among candidates: pass --best-of, too")
     if args.shift == 0:
         raise ValueError("--shift 0: it is above 0, and 1 takes even steps")
     if not 0 <= args.interval[0] <= args.interval[1] <= 1:
@@ -557,7 +571,12 @@ def main(argv=None):
         write_release(model, Path(args.export))
         return print(f"wrote {args.export} in the release's layout")
     model.precision = args.precision
-    made = plan(args, model)
+    made, out = plan(args, model), Path(args.out)
+    if out.suffix.lower() != ".png" and (older := [
+            path for path in out.glob("[0-9]*.png") if path.stem.isdigit()
+            and int(path.stem) >= len(made) // args.best_of]):
+        raise ValueError(f"--out {out} has pictures of an earlier command that would stay among "
+                         f"the new ones, such as {older[0].name}: name another folder")
     tensor = lambda key: torch.tensor([job[key] for job in made]).view(
         len(made), len(model.rewards))
     defaults = model.config["sampler"]

@@ -277,7 +277,7 @@ def save_checkpoint(out: Path, step: int, run: "Run") -> None:
     state = dict(step=step, config=run.config, net=run.net.state_dict(),
                  average=run.average.state_dict(), scaler=run.scaler.state_dict(),
                  optimizers=[optimizer.state_dict() for optimizer in run.optimizers])
-    save_pair(out, run)
+    save_pair(out, run, step)
     # Last: a kill before this line repeats the steps and writes all three again.
     write_whole(out / f"state-{step:08d}.pt", lambda path: torch.save(state, path))
     for old in sorted(out.glob("state-*.pt"))[:-2]:
@@ -288,17 +288,18 @@ def save_due(out: Path, done: int, run: "Run", args: Args) -> None:
     """Write what is due after `done` steps: a pair to compare, a checkpoint to resume from."""
     last = done == args.steps
     if args.keep_every and (done % args.keep_every == 0 or last):
-        save_pair(out / f"step-{done:06d}", run)
+        save_pair(out / f"step-{done:06d}", run, done)
     if done % args.save_every == 0 or last:
         save_checkpoint(out, done, run)
 
 
-def save_pair(folder: Path, run: "Run") -> None:
+def save_pair(folder: Path, run: "Run", step: int) -> None:
     """What sample.py reads: model.safetensors, the averaged weights, with config.json."""
+    config = run.config | dict(step=step)
     folder.mkdir(exist_ok=True)
     weights = {name: w.contiguous().cpu() for name, w in run.average.state_dict().items()}
     write_whole(folder / "model.safetensors", lambda path: save_file(weights, path))
-    write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(run.config)))
+    write_whole(folder / "config.json", lambda path: path.write_text(json.dumps(config)))
 
 
 def load_checkpoint(out: Path) -> dict | None:

@@ -450,6 +450,46 @@ def rewards_of_other_words(place):
     return other_words_than_the_embedded_world(place, "rewards", "run")
 
 
+def config_without_a_sampler_setting(place):
+    place.edit(place.checkpoint / "config.json", lambda config: config["sampler"].pop("shift"))
+    return sample(place), "run/config.json is not the configuration of a checkpoint (ValueError: " \
+        "it has no shift)"
+
+
+def config_of_two_channels(place):
+    place.edit(place.checkpoint / "config.json", lambda config: config["mean"].pop())
+    return sample(place), "mean and std have one number a channel"
+
+
+def network_of_nan(place):
+    file = place.checkpoint / "model.safetensors"
+    weights = load_file(file)
+    weights["patch_out.bias"][0] = float("nan")
+    save_file(weights, file)
+    return sample(place), "the network's pictures are not finite numbers: lower --guidance"
+
+
+def choice_without_candidates(place):
+    return sample(place, "--by", "contrast"), "--by contrast chooses among candidates: pass --best"
+
+
+def pictures_of_an_earlier_command(place):
+    place.write("d/00001.png", png())
+    return sample(place, "--out", "d"), "--out d has pictures of an earlier command that would"
+
+
+def settings_that_are_a_list(place):
+    place.write("d/settings.json", "[]")
+    return ("evaluate.py", "rewards", place.checkpoint, "--out", "d"), \
+        "d/settings.json is damaged: remove it"
+
+
+def table_of_prompts_in_latin_1(place):
+    place.write("p.tsv", "Prompt\tCategory\na caf\u00e9\tArts\n".encode("latin-1"))
+    return (("evaluate.py", "rewards", place.checkpoint, "--out", "d", "--prompts", "p.tsv"),
+            "--prompts p.tsv is not text in UTF-8")
+
+
 def missing_weights(place):
     (place.checkpoint / "model.safetensors").unlink()
     return sample(place), "run/model.safetensors does not exist"

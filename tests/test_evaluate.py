@@ -120,7 +120,7 @@ def test_weak_and_surplus_detections_are_not_seen():
 
 
 def test_the_overall_score_is_the_mean_of_the_tasks_not_of_the_pictures():
-    lines = [dict(tag=tag, correct=correct, filename=f"{k:05d}/samples/0000.png")
+    lines = [dict(tag=tag, correct=correct, metadata=str(k), filename=f"{k:05d}/samples/0.png")
              for k, (tag, correct) in enumerate([("counting", True)] * 3 + [("colors", False)])]
     assert evaluate.accuracies(lines) == {"counting": 1.0, "colors": 0.0, "overall": 0.5}
     table = evaluate.summary(lines, "title").splitlines()
@@ -530,6 +530,19 @@ def test_runs_that_differ_in_more_than_rewards_and_seed_are_refused(runs, tmp_pa
     assert "is a file" in fails("compare", runs["none"], "--out", tmp_path / "file", *SMALL)
 
 
+def test_a_run_that_has_not_finished_is_refused_and_so_is_a_flag_of_one_run_alone(runs, tmp_path):
+    other = shutil.copytree(runs["all"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | dict(step=1)))
+    said = fails("compare", runs["none"], other, "--out", tmp_path / "out", *SMALL)
+    assert f"{other} has come to step 1 of 2: let it finish" in said
+    config["args"]["newer"] = 3
+    (other / "config.json").write_text(json.dumps(config))
+    for order in ((other, runs["none"]), (runs["none"], other)):
+        said = fails("compare", *order, "--out", tmp_path / "out", *SMALL)
+        assert "was trained with --newer" in said and "3" in said and "None" in said
+
+
 def test_runs_on_other_pictures_are_refused(runs, tmp_path):
     other = shutil.copytree(runs["all"], tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
@@ -559,6 +572,20 @@ def test_bars_are_in_std_of_the_data_whatever_runs_there_are(runs, tmp_path, mon
     std = json.loads((runs["all"] / "config.json").read_text())["score_std"]
     assert heights["told all, seeds: 1"][1:] == pytest.approx(
         [(found["all"][name] - found["none"][name]) / std[name] for name in ANALYTIC], rel=1e-6)
+
+
+def test_what_was_measured_with_other_pixel_norms_is_measured_anew(folder):
+    before = evaluate.mean_scores(sample.load(folder, CPU), folder, 6)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(mean=[60.0, 60.0, 60.0])))
+    assert evaluate.mean_scores(sample.load(folder, CPU), folder, 6) != before
+
+
+def test_prompts_that_come_again_are_counted_once():
+    lines = [dict(tag="colors", correct=correct, metadata="{}", filename=f"{k:05d}/samples/0.png")
+             for k, correct in enumerate((True, False, False, True))]
+    assert "4 images of 1 prompts; correct: 50.00% of the images, 100.00% of the prompts" \
+        in evaluate.summary(lines, "title")
 
 
 def test_a_baseline_has_no_target_to_sweep(runs):

@@ -259,6 +259,16 @@ def test_judging_goes_on_after_the_last_whole_line(judges, pictures, judged, cap
     assert "PARTIAL: 3 of 553 prompts, 2 to 2 pictures each" in out
 
 
+def test_what_is_gone_is_no_longer_among_the_results(judges, pictures, judged):
+    command = ["geneval", "score", str(pictures), "--models", str(judges)]
+    evaluate.main(command)
+    (pictures / "00001" / "samples" / "0001.png").unlink()
+    evaluate.main(command)
+    names = [json.loads(line)["filename"]
+             for line in (pictures / "results.jsonl").read_text().splitlines()]
+    assert len(names) == 5 and "00001/samples/0001.png" not in names and len(judged) == 6
+
+
 def test_other_pictures_and_other_judges_are_judged_anew(judges, pictures, judged, tmp_path):
     command = ["geneval", "score", str(pictures), "--models"]
     evaluate.main([*command, str(judges)])
@@ -319,10 +329,32 @@ def test_means_over_a_part_of_the_pictures_or_of_older_ones_are_refused(pictures
     assert code == 2 and f"{first} is younger than its scores in {sidecar}" in sentences(err)[-1]
 
 
+def test_analytic_rewards_see_pictures_of_one_size(pictures):
+    command = ("evaluate.py", "rewards", pictures, "--rewards", "contrast")
+    odd = pictures / "00002" / "samples" / "0001.png"
+    Image.open(odd).resize((24, 24)).save(odd)
+    code, _, err = run(*command)
+    assert code == 2 and "short sides of 24 to 40 pixels" in sentences(err)[-1]
+    code, out, err = run(*command, "--size", 32)
+    assert code == 0 and "6 pictures of 3 prompts" in out, err
+    [sidecar] = pictures.glob("*.scores.jsonl")
+    before = sidecar.read_bytes()
+    code, _, err = run(*command, "--size", 40)                    # training may need those of 32
+    assert code == 2 and f"{sidecar} has scores of pictures of 32 pixels" in sentences(err)[-1]
+    assert sidecar.read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--guidance 9", "--steps 3", "--seed 5", "--samples 7",
+                                  "--text-encoder no", "--vae no"])
+def test_flags_of_a_sampler_are_refused_for_pictures_that_are_there(pictures, flag):
+    said = fails("rewards", pictures, "--rewards", "contrast", *flag.split())
+    assert "is no checkpoint" in said and "are for making pictures" in said
+
+
 def test_all_seven_rewards_of_a_checkpoint_in_one_command(  # noqa: F811
         models, checkpoint, tmp_path, shrunk):
     folder, parti = shutil.copytree(checkpoint, tmp_path / "run"), tmp_path / "parti.tsv"
-    parti.write_text("Prompt\tCategory\tChallenge\tNote\na red circle\tArts\tBasic\t\n"
+    parti.write_text("\ufeffPrompt\tCategory\tChallenge\tNote\na red circle\tArts\tBasic\t\n"
                      "two blue squares\tAnimals\tBasic\t\n")
     code, out, err = run("evaluate.py", "rewards", folder, "--rewards", "all", "--models", models,
                          "--prompts", parti, "--samples", 2, "--steps", 2)
