@@ -70,11 +70,14 @@ def test_the_loss_and_its_gradients_are_the_releases(expected):
                          expected["loss.coin"])[1]
     assert apart(weighted, expected["loss.weighted"]) < 1e-6
     weighted.mean().backward()
+    wanted = {name: float(expected[f"gradient.{release_name(net, name)}"])
+              for name, _ in net.named_parameters()}
+    # Rounding is shared: it is some 1e-10 of the largest gradient, whatever the machine, and those
+    # of q and k norms are small. Keys' biases have no gradient at all: no softmax sees them.
+    largest = max(wanted.values())
     for name, p in net.named_parameters():
-        wanted = float(expected[f"gradient.{release_name(net, name)}"])
-        # a softmax does not see what is added to all logits: keys' biases have no gradient
-        noise = 1e-5 if name.endswith("k_norm.bias") else 0
-        assert float(p.grad.norm()) == pytest.approx(wanted, rel=3e-5, abs=noise), name
+        noise = largest * (1e-7 if name.endswith("k_norm.bias") else 1e-9)
+        assert float(p.grad.norm()) == pytest.approx(wanted[name], rel=3e-5, abs=noise), name
 
 
 def test_fifty_guided_steps_end_where_the_releases_sampler_ends(model, expected):
