@@ -1,61 +1,159 @@
-"""Pictures with captions, from tars or folders, as resumable batches; text encoders, and a VAE.
+"""Data: one border where foreign pictures come in, one format behind it, one order; encoders.
 
-DATA is a folder of tars as img2dataset and webdataset write them (key.png or .jpg ..., key.txt,
-key.json), one tar, a brace range d/{00000..00019}.tar, a glob 'd/*.tar', or a folder of pictures
-with metadata.jsonl ({"file_name": ..., "text": a caption or a list}) or with same-stem .txt files.
-The key ends at the FIRST dot of the base name. Captions: the .txt, the list "captions" and the
-"synthetic_caption" of key.json, and the text of the key's line in the folder's captions.tsv, where
-they are. Nothing is ever written into DATA by this file.
+    python data.py import SOURCE... DATA --size 32       # tars or folders of pictures with captions
+    python data.py encode SOURCE... DATA --size 256      # the same through a VAE and T5
 
-A broken sample (no caption, half a PNG) is left out and listed by name; a broken structure (a tar
-cut short, two pictures with one key, a path that leaves the folder) is a ValueError.
+Foreign input is met here alone: every other program reads DATA, a folder of shards, and trusts it.
+A sample is a picture with one caption or more, a pair a picture with one of its captions.
+DATA/NAME.safetensors has, for n samples and P pairs,
 
-`python data.py check DATA` reads everything once and lists what is wrong.
-`python data.py encode DATA OUT` makes VAE latents and T5 states, for `train.py --preset paper`:
-tars of the pictures, their captions and key.mean256.npy, key.std256.npy (C, S, S), key.text0.npy
-(L, E) and one more text per caption, in float16, with encoded.json: how they were made.
+    pixels (n, 3, S, S) uint8, or of encoded data float16: mean, std (n, 4, S/8, S/8), the states
+        text (all tokens, E) with text_ends (P,), and empty (L, E), those of the empty caption
+    keys, key_ends (n,), captions, caption_ends (P,): UTF-8 bytes end to end, and where each ends
+    pair_ends (n,): where the pairs of a sample end
+    place (n, 3): its file in SOURCE, offset and length, for networks that see it large
+
+DATA/data.json says what it is made of. Scores and bins come beside it (rewards.py, binning.py).
 """
 import argparse
-import copy
+import contextlib
+import csv
 import difflib
-import glob
 import hashlib
 import io
 import json
-import mmap
 import os
 import pickle
 import re
+import shlex
+import stat
 import struct
 import sys
 import tarfile
+import tempfile
 import unicodedata
-from array import array
-from bisect import bisect_right
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
+MAX_LEFT_OUT = 0.01          # share of samples left out, or unscored, beyond which a run stops
 MAX_PIXELS = 64_000_000      # a larger picture is refused before it is decoded
-MAX_UNREADABLE = 0.01        # share of unreadable samples beyond which a run stops
-FOLDER_SHARD = 1000          # samples in a virtual shard of a picture folder
-ENDINGS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "jp2")
 # Named formats only: Pillow would hand an EPS called .png to Ghostscript, which runs programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # What Pillow raises on damaged files (180,000 were tried); all of it means "unreadable".
 BROKEN = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, ArithmeticError,
           struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
-NOT_TEXT = re.compile("[\0\ud800-\udfff]")      # NUL, halves of surrogate pairs: cannot be written
-ARRAY = re.compile(r"(mean|std)\d+|text\d+")    # of an encoded sample, in key.<this>.npy
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+# Every random number of the project comes from (seed, stream, numbers): no two streams meet.
+STREAMS = {"scene": 0, "prompts": 1, "draws": 3, "validation": 4, "latents": 5, "detector": 6,
+           "order": 7}
+
+
+# ---- what every program shares -------------------------------------------------------------------
+
+class UserError(Exception):
+    """A user's mistake: one sentence that names the file, key or flag, and the fix."""
+
+
+def run(main: Callable) -> None:
+    """A program: a user's mistake ends in its sentence and exit code 2, a bug in its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")     # captions that a terminal cannot show
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"the GPU's memory is full ({first_line(error)}): pass a smaller --batch (train.py: "
+              "a larger --accumulate)", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_whole(path: Path, write: Callable) -> None:
+    """write(temporary path), then rename: after a kill the file is the old one or the new one.
+    UserError: it cannot be written there."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~umask)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({first_line(error)}): make room, or name "
+                        "another place") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict:
+    """A file with one JSON object. UserError: it is not there, or it is something else."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): write it again, or name "
+                        "another") from error
+    return found
+
+
+def refuse_too_many(left_out: int, total: int, where: str, advice: str) -> None:
+    """UserError if more than MAX_LEFT_OUT of the samples are left out."""
+    if left_out > MAX_LEFT_OUT * total:
+        raise UserError(f"{where}: {left_out} of {total} samples cannot be used (the limit is "
+                        f"{MAX_LEFT_OUT:.0%}): {advice}")
+
+
+def printable(text: str) -> str:
+    """Foreign text for a terminal: without control characters and escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def stream(seed: int, name: str, *numbers: int) -> np.random.Generator:
+    """The random numbers of one purpose and, say, one position: of nothing else."""
+    return np.random.default_rng([seed, STREAMS[name], *numbers])
+
+
+def best_device() -> torch.device:
+    """CUDA, else MPS, else CPU; under torchrun a rank's own GPU, or the CPU: gloo has no MPS."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return torch.device("mps" if torch.backends.mps.is_available() and alone else "cpu")
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """One of PRECISIONS → what a network's matrix products are made in. "auto" is fp32 but on CUDA:
+    there bf16, or fp16 on chips that only emulate it (on most CPUs bf16 is slower than fp32)."""
+    if name == "auto" and device.type == "cuda":
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if real else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
 # ---- one picture: encoded bytes -> (3, size, size) -----------------------------------------------
@@ -77,32 +175,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode(data: bytes, side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """An encoded picture → its first frame, upright by EXIF, and its own (width, height).
-
-    A JPEG may be decoded at 1/2, 1/4 or 1/8 where that keeps `side` pixels. Raises one of BROKEN
-    where it cannot be read, or has more than MAX_PIXELS.
-    """
+def decode(data: bytes, side: int | None = None) -> Image.Image:
+    """An encoded picture → its first frame, upright by EXIF; a JPEG may be decoded at 1/2, 1/4 or
+    1/8 where that keeps `side` pixels. One of BROKEN: it cannot be read, or is over MAX_PIXELS."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
     except UnidentifiedImageError:
-        raise ValueError("not a picture of a known format") from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, and the limit is {MAX_PIXELS:,}")
+        raise ValueError("not in a known format; save it as PNG or JPEG") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"over {MAX_PIXELS:,} pixels; save it smaller") from None
     if side:
         image.draft(None, (side, side))
     ImageOps.exif_transpose(image, in_place=True)     # reads the pixels, too
-    return image, (width, height)
+    return image
 
 
-def square(data: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """An encoded picture → uint8 (3, size, size), and its own (width, height) in pixels.
-
-    Centre square, then antialiased bicubic; a picture that is already size x size keeps its pixels.
-    Raises what `decode` raises.
-    """
-    image, own = decode(data, 3 * size)
+def square(data: bytes, size: int) -> np.ndarray:
+    """An encoded picture → uint8 (3, size, size): its centre square, then antialiased bicubic; a
+    picture that is already size x size keeps its pixels. Raises what `decode` raises."""
+    image = decode(data, 3 * size)
     side = min(image.size)
     if image.size != (side, side):
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -110,470 +203,718 @@ def square(data: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     image = to_rgb(image)                             # before resizing: hidden colours do not bleed
     if side != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return np.asarray(image).transpose(2, 0, 1), own                   # (3, size, size)
+    return np.asarray(image).transpose(2, 0, 1)                                  # (3, size, size)
 
 
-def read_bytes(file: str, offset: int, length: int) -> bytes:
-    """`length` bytes (-1 = all) at `offset` of a file; opened anew, so safe to fork."""
-    with open(file, "rb") as handle:
-        handle.seek(offset)
-        return handle.read(length)
+# ---- the border: SOURCE -> samples {key: parts} -> what can be read -> columns -> a shard --------
+# A part of a sample, "picture", "txt" or "json", is a place, ((path, size, time of change), offset,
+# length), or why it cannot be read; "record" is the line of a table.
+
+PIECE = 1000                 # samples of a folder in one shard; a tar is one shard
+MAX_BYTES = 2 ** 30          # a larger file is no picture and no caption
+MAX_WORDS = 100              # of a caption, beyond which there is a note
+KINDS = {"txt": "txt", "json": "json", **dict.fromkeys(
+    ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "jp2"),
+    "picture")}
+TABLES = ("metadata.jsonl", "metadata.csv")
+CAPTIONS = ("text", "caption", "captions", "synthetic_caption")     # in a .json, or a table's line
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")      # NUL, halves of surrogate pairs: cannot be written
+READ = ("a SOURCE gives its tars (unpacked, not in subfolders) or else its pictures (PNG, JPEG, "
+        "...) with captions in a .txt or .json beside each, or in its own metadata.jsonl or "
+        "metadata.csv (file_name; text or caption): make it so, or name folders one by one")
 
 
-# ---- which samples there are: names, headers and captions, no picture ----------------------------
+def import_pictures(sources: Sequence, out: Path, size: int, rank: int = 0, ranks: int = 1,
+                    one_line: bool = False, vae: "VAE | None" = None, encoder: "T5 | None" = None,
+                    dry_run: bool = False) -> bool:
+    """SOURCES → DATA of squares of `size` pixels, or with vae and encoder of their latents.
+    one_line: the first line of a .txt is its caption. dry_run: only say what is there.
 
-@dataclass(frozen=True)
-class Shard:
-    """Rows [start, stop) of a dataset; its scores are in `folder / f"{name}.scores.jsonl"`."""
-    name: str
-    folder: Path
-    start: int
-    stop: int
-
-
-@dataclass
-class Index:
-    """The rows of a dataset (each a picture with captions), and what is wrong with the rest."""
-    shards: list[Shard] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    captions: list[tuple[str, ...]] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    places: array = field(default_factory=lambda: array("q"))    # a row: file, offset, length
-    notes: array = field(default_factory=lambda: array("q"))     # the same of a .json with scores
-    arrays: dict[str, array] = field(default_factory=dict)       # kind -> the same of an array
-    unreadable: dict[str, str] = field(default_factory=dict)     # "shard/key" -> reason
-    faults: list[str] = field(default_factory=list)              # broken structure, in sentences
-    duplicates: int = 0
-    dotted: int = 0                                              # pictures named like a.b.png
-
-    def add_file(self, samples: dict, name: str, place: tuple, read: Callable) -> None:
-        """Put one file into its sample: {"picture": its place} or {"txt" or "json": its bytes}."""
-        key, kind = split_name(name)
-        parts = samples.setdefault(key, {}) if kind else {}
-        if kind in parts:
-            self.add_duplicate(f"{self.files[place[0]]}: {name} is a second {kind}", key)
-        elif kind:
-            parts[kind] = read(place) if kind in ("txt", "json") else place
-            if kind == "json":
-                parts["note"] = place
-            self.dotted += kind == "picture" and os.path.basename(name).count(".") > 1
-
-    def add_duplicate(self, what: str, key: str) -> None:
-        """Note that a key is there twice."""
-        self.duplicates += 1
-        self.faults.append(f"{what} with the key {key!r}, which ends at the first dot of the name "
-                           "and must be unique; rename or remove one")
-
-    def add_shard(self, name: str, folder: Path, samples: dict, source: str) -> None:
-        """Append the whole samples of one shard as rows; list the others as unreadable."""
-        start = len(self.keys)
-        for key, parts in samples.items():
-            try:
-                captions = captions_of(parts)
-            except ValueError as error:
-                self.unreadable[f"{name}/{key}"] = f"{printable(source)}: {error}"
-                continue
-            for kind in filter(ARRAY.fullmatch, parts):
-                column = self.arrays.setdefault(kind, array("q"))
-                column.extend((-1, 0, 0) * (len(self.keys) - len(column) // 3))    # rows without
-                column.extend(parts[kind])
-            self.keys.append(key)
-            self.captions.append(captions)
-            self.places.extend(parts["picture"])
-            self.notes.extend(parts["note"] if b'_score"' in parts.get("json", b"") else (-1, 0, 0))
-        self.shards.append(Shard(name, folder, start, len(self.keys)))
-
-
-def printable(name: str) -> str:
-    """The name of a file, with bytes that are not UTF-8 as \\udcXX, as text can be written."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Path of a file → its key and "picture", "txt", "json", or "mean256" and such of
-    key.mean256.npy, or, for all other files, ""."""
-    name = printable(name).removeprefix("./")
-    folder, slash, base = name.rpartition("/")
-    stem, *endings = base.split(".")
-    ending = endings[-1].lower() if stem and endings else ""      # .hidden files have no stem
-    kind = "picture" if ending in ENDINGS else ending if ending in ("txt", "json") else ""
-    if ending == "npy" and len(endings) == 2 and ARRAY.fullmatch(endings[0]):
-        kind = endings[0]
-    return folder + slash + stem, kind
-
-
-def parse_object(text: bytes, where: str) -> dict:
-    """JSON → dict. Raises ValueError that begins with `where` for anything but one object."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):              # RecursionError: thousands of brackets
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not a JSON object; correct or remove it")
-    return value
-
-
-def captions_of(parts: dict) -> tuple[str, ...]:
-    """The captions of one sample. Raises ValueError with the reason why it cannot be used."""
-    if "picture" not in parts:
-        raise ValueError(f"no picture file ({', '.join(ENDINGS)})")
-    texts = list(parts.get("text", ()))               # of metadata.jsonl
-    if "txt" in parts:
-        try:
-            texts.append(parts["txt"].decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise ValueError("the .txt is not UTF-8") from None
-    if b'"captions"' in parts.get("json", b""):       # most .json files have none: not parsed
-        extra = parse_object(parts["json"], "the .json").get("captions", [])
-        texts += extra if isinstance(extra, list) else [extra]
-    if b'"synthetic_caption"' in parts.get("json", b""):
-        texts.append(parse_object(parts["json"], "the .json").get("synthetic_caption"))
-    if not texts:
-        raise ValueError("no caption")
-    if not all(isinstance(text, str) and not NOT_TEXT.search(text) for text in texts):
-        raise ValueError("a caption is not a plain string")
-    captions = tuple(text.strip() for text in texts if text.strip())
-    if not captions:
-        raise ValueError("empty caption")
-    return captions
-
-
-def without_notes(samples: dict) -> dict:
-    """Leave out the keys with a .json alone (dataset_info.json): no sample, and no lost one."""
-    return {key: parts for key, parts in samples.items() if parts.keys() != {"json", "note"}}
-
-
-def scan_tar(index: Index, path: str) -> None:
-    """Add one tar: its headers and texts are read once, its pictures stay where they are."""
-    number, samples = len(index.files), {}
-    index.files.append(path)
-
-    def read(place: tuple) -> bytes:
-        """The bytes at (file, offset, length)."""
-        file.seek(place[1])
-        return file.read(place[2])
-
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []                      # or tarfile keeps every header in memory
-                if member.isreg():
-                    place = (number, member.offset_data, member.size)
-                    index.add_file(samples, member.name, place, read)
-            file.seek(tar.offset)                     # tarfile stops in silence at any bad header
-            if file.read(512) != bytes(512):
-                raise tarfile.ReadError("its end is missing")
-    except (tarfile.TarError, OSError) as error:
-        index.faults.append(f"{path} is damaged, cut short or no tar ({error}); fetch it again")
-    else:
-        index.add_shard(Path(path).stem, Path(path).parent, without_notes(samples), path)
-
-
-def scan_pictures(index: Index, folder: str) -> dict:
-    """The samples of a folder without metadata.jsonl: pictures with .txt and .json of one key."""
-    samples = {}
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        index.faults += [f"{path} is a symlink to a folder, which is not followed; put the folder "
-                         "itself there" for path in (os.path.join(parent, s) for s in subfolders)
-                         if os.path.islink(path)]
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            index.files.append(path)
-            index.add_file(samples, os.path.relpath(path, folder), (len(index.files) - 1, 0, -1),
-                           lambda place: Path(index.files[place[0]]).read_bytes())
-    if "txt" not in samples.get("bins", ()):
-        samples.pop("bins", None)                     # bins.png, which binning.py draws here
-    return without_notes(samples)
-
-
-def leaves(folder: str, name: str) -> bool:
-    """Does a path lead out of the folder: absolute, by "..", or through a symlink?"""
-    root = os.path.realpath(folder)
-    inside = os.path.commonpath([root, os.path.realpath(os.path.join(root, name))]) == root
-    return os.path.isabs(name) or not inside
-
-
-def scan_metadata(index: Index, folder: str, metadata: str) -> dict:
-    """The samples of metadata.jsonl; pictures of the folder that it does not name are none."""
-    samples = {}
-    for number, line in enumerate(Path(metadata).read_bytes().splitlines(), 1):
-        where = f"{metadata}, line {number}"
-        if not line.strip():
+    Ranks share the shards, those that are there of the same files stay, and the last rank to finish
+    removes those of other files, writes data.json and returns True. UserError: a source cannot be
+    used (a damaged tar, a key twice, a broken table), DATA is something else, or too much left out.
+    """
+    out, counts = Path(out), Counter()
+    pieces, info, marks = find_pieces(sources, counts), info_of(size, vae, encoder), {}
+    for name, content in pieces.items():     # 16 hex digits that change when any of its files does
+        made_of = json.dumps([info, one_line, content])
+        marks[name] = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    listed, todo = counts.copy(), [*pieces]
+    if not dry_run:
+        before = check_place(out, sources, info)
+        todo = [name for name in todo[rank::ranks] if before.get(name) != marks[name]]
+        if todo or rank == 0 and before.keys() - marks.keys():
+            (out / "data.json").unlink(missing_ok=True)          # from now on the data is not whole
+    for number, name in enumerate(todo, 1):
+        samples, start = pieces[name], counts.copy()
+        if not isinstance(samples, dict):                        # a tar
+            samples = samples_of(tar_entries(samples), samples[0], True, counts)
+        pictures = tqdm(read_pictures(name, samples, size, one_line, counts),
+                        f"{name} ({number} of {len(todo)})", len(samples), leave=False,
+                        disable=rank > 0 or None)
+        if dry_run:
+            for _ in pictures:
+                pass
             continue
-        try:
-            record = parse_object(line, where)
-        except ValueError as error:
-            index.faults.append(str(error))
+        columns, files = columns_of(iter(pictures), size, vae, encoder)
+        write_shard(out / f"{name}.safetensors", columns, source=marks[name], files=files,
+                    counts=counts - start)
+    if dry_run:
+        show(counts, sources)
+    elif (todo or rank == 0) and marks.items() <= marks_in(out).items():
+        finish(out, sources, info, marks, listed)
+        return True
+    return False
+
+
+def info_of(size: int, vae: "VAE | None", encoder: "T5 | None") -> dict:
+    """What data.json says from the start. UserError: an encoder cannot be loaded."""
+    if vae is None:
+        return dict(kind="pixels", size=size)
+    vae.load()
+    encoder.load()
+    vae_source, text_source = (os.path.abspath(source) if os.path.isdir(source) else source
+                               for source in (vae.source, encoder.source))       # else: hub ids
+    return dict(kind="latents", size=size, vae=vae_source, dtype=str(encoder.model.dtype),
+                scaling_factor=vae.model.config.scaling_factor,
+                text_encoder=dict(encoder.config(), source=text_source))
+
+
+def marks_in(out: Path) -> dict[str, str | None]:
+    """What the shards of DATA were made of, by name; None of one that was not made here."""
+    return {path.stem: Shard(path).metadata.get("source") for path in shard_paths(out)}
+
+
+def check_place(out: Path, sources: Sequence, info: dict) -> dict[str, str]:
+    """Make DATA; what `marks_in` says of it. UserError: no new one can be made or gone on with."""
+    place = f"DATA {out} (the last argument)"
+    for source in map(Path, sources):
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"{place} lies in SOURCE {source}: name a folder elsewhere")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({error.strerror}): name another") from error
+    before = read_json(out / "data.json") if (out / "data.json").is_file() else info
+    for key in info:
+        if before.get(key) != info[key]:
+            raise UserError(f"{out} was made with {key} {before.get(key)}, not {info[key]}: ask "
+                            "for the same, or name another folder")
+    marks = marks_in(out)
+    if None in marks.values() or not marks and any(out.glob("[!.]*")):
+        raise UserError(f"{place} holds files that this command did not make: name one of its own")
+    return marks
+
+
+def finish(out: Path, sources: Sequence, info: dict, marks: dict, counts: Counter) -> None:
+    """All shards are there: remove those of other files, say what there is, write data.json."""
+    for path in out.glob(".*.safetensors.*.tmp"):                # of processes that were killed
+        path.unlink(missing_ok=True)
+    samples, pairs, longest, words = 0, 0, 0, set()
+    for path in shard_paths(out):
+        if path.stem not in marks:
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.stem}.scores.safetensors").unlink(missing_ok=True)
             continue
-        name, text = record.get("file_name"), record.get("text")
-        if not isinstance(name, str) or NOT_TEXT.search(name):
-            index.faults.append(f"{where} has no file_name; name a picture of the folder")
-        elif leaves(folder, name):
-            index.faults.append(f"{where}: {name!r} leaves the dataset folder; put the file in and "
-                                "name it relative to the folder")
-        elif (key := split_name(os.path.normpath(name))[0]) in samples:
-            index.add_duplicate(f"{where}: {name!r} is a second picture", key)
+        shard = Shard(path)
+        samples, pairs = samples + shard.rows, pairs + shard.pairs
+        counts.update(shard.metadata["counts"])
+        for caption in shard.captions if info["kind"] == "pixels" else ():
+            split = split_words(caption)
+            longest = max(longest, len(split))
+            words.update(split)
+    left_out = show(counts, sources)
+    if info["kind"] == "pixels":
+        info = dict(info, words=sorted(words), longest=longest)
+    write_info(out, dict(info, shards=len(marks), samples=samples, pairs=pairs, left_out=left_out))
+
+
+# -- what is said: counts has "found", "left out, " with the kind of reason, and notes
+
+def note(counts: Counter, what: str, name: str) -> None:
+    """Count it. The first is named."""
+    if not counts[what]:
+        print(printable(f"note: {what}: the first is {utf8(name)}"))
+    counts[what] += 1
+
+
+def not_read(counts: Counter, path: str) -> None:
+    """Count a file that is not read, by its ending."""
+    ending = os.path.splitext(path)[1].lower()
+    note(counts, f"not read, {ending if ending[1:].isalpha() else 'others'}", path)
+
+
+def show(counts: Counter, sources: Sequence) -> dict[str, int]:
+    """Print the counts and return those of what is left out. UserError: it is too much."""
+    for what, count in counts.items():
+        if what != "found" and not what.startswith("left out, "):
+            print(printable(f"note: {what}: {count}"))
+    if any(what.startswith("not read") for what in counts):
+        print(f"note: {READ}")
+    reasons = {what.removeprefix("left out, "): count for what, count in counts.items()
+               if what.startswith("left out, ")}
+    found, left_out, where = counts["found"], sum(reasons.values()), ", ".join(map(str, sources))
+    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    print(f"{found} found = {found - left_out} usable + {left_out} left out"
+          + (f" ({listed})" if listed else ""))
+    if found == left_out:
+        raise UserError(f"{where} has no picture with a caption: {listed or READ}")
+    refuse_too_many(left_out, found, where, f"{listed}; --dry-run names all")
+    return reasons
+
+
+# -- which samples there are: names and tables, no picture is opened
+
+def find_pieces(sources: Sequence, counts: Counter) -> dict[str, dict | tuple]:
+    """Name of a shard → samples of a folder, or the file of a tar, which is looked into when its
+    turn comes. UserError: two have one name."""
+    found, pieces = [], {}
+    for source in map(str, sources):
+        if not os.path.isdir(source):
+            found.append((Path(source).stem, source, file_of(source)))
+            continue
+        places, samples = list_folder(source, counts), {}
+        tars = {name for name in places if "/" not in name and name.lower().endswith(".tar")}
+        tables = [name for name in TABLES if name in places]
+        if tars:
+            found += [(Path(name).stem, f"{source}/{name}", places[name][0])
+                      for name in sorted(tars)]
+            for name in sorted(places.keys() - tars):
+                not_read(counts, f"{source}/{name}")
+        elif tables:
+            samples = read_table(source, tables[0], places, counts)
         else:
-            samples[key] = {"text": text if isinstance(text, list) else [text] * (text is not None)}
-            if os.path.isfile(os.path.join(folder, name)):
-                samples[key]["picture"] = (len(index.files), 0, -1)
-                index.files.append(os.path.join(folder, name))
-            index.dotted += os.path.basename(name).count(".") > 1
+            samples = samples_of(places.items(), source, False, counts)
+        keys, folder = sorted(samples), Path(source).resolve().name
+        for first in range(0, len(keys), PIECE):
+            part = {key: samples[key] for key in keys[first:first + PIECE]}
+            found.append((f"{folder}-{first // PIECE:05d}", source, part))
+    for name, where, content in found:
+        if name in pieces:
+            raise UserError(f"{where} and another would both become the shard {name}: rename one")
+        pieces[name] = content
+    if not pieces:
+        show(counts, sources)
+    return pieces
+
+
+def list_folder(folder: str, counts: Counter) -> dict[str, tuple]:
+    """All regular files below a folder but hidden ones: name → place. The others are counted."""
+    places = {}
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): change its rights")
+
+    for parent, subfolders, names in os.walk(folder, onerror=stop):
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        links = [name for name in subfolders if os.path.islink(os.path.join(parent, name))]
+        for path in (os.path.join(parent, name) for name in names + links if name[0] != "."):
+            try:
+                file = file_of(path)
+                places[os.path.relpath(path, folder)] = (file, 0, file[1])
+            except UserError:
+                note(counts, "not read, no regular file", path)
+    return dict(sorted(places.items()))
+
+
+def file_of(path: str) -> tuple[str, int, int]:
+    """Whole path, size and time of change, by which a file is known again. UserError: it is no
+    regular file: a pipe would hang, a device would never end."""
+    try:
+        now = os.stat(path)
+        if not stat.S_ISREG(now.st_mode) or not os.access(path, os.R_OK):
+            raise OSError(0, "no regular file with right to read")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give tars, folders of tars or "
+                        "folders of pictures") from error
+    return os.path.abspath(path), now.st_size, now.st_mtime_ns
+
+
+def samples_of(places: Iterable[tuple], where: str, first_dot: bool, counts: Counter) -> dict:
+    """(name of a file, its place) → key → parts. A key ends at the first dot of a name, or at the
+    last. UserError: two pictures, or two texts, with one key."""
+    samples = {}
+    for name, place in places:
+        parent, slash, base = utf8(name).rpartition("/")
+        stem, _, ending = base.rpartition(".")
+        key = parent + slash + (stem.partition(".")[0] if first_dot else stem)
+        kind = KINDS.get(ending.lower())
+        if kind is None:
+            not_read(counts, f"{where}/{name}")
+        elif kind in samples.setdefault(key, {}):
+            raise UserError(printable(f"{where}: {utf8(name)} is a second {kind} with the key "
+                                      f"{key!r} (in a tar, all before the first dot): rename it"))
+        else:
+            samples[key][kind] = place
+    for key in [key for key, parts in samples.items() if "picture" not in parts]:
+        for kind in samples.pop(key):
+            not_read(counts, f"{where}/{key}.{kind}")
     return samples
 
 
-def find_tars(path: str) -> list[str]:
-    """The tars that DATA stands for; none for a folder of pictures. FileNotFoundError: no DATA."""
-    if os.path.isdir(path):
-        return sorted(str(tar) for tar in Path(path).glob("*.tar") if tar.name[0] != ".")
-    if os.path.exists(path):
-        return [path]
-    if match := re.search(r"\{(\d+)\.\.(\d+)\}", path):
-        first, last = match.groups()
-        return [tar for number in range(int(first), int(last) + 1)
-                for tar in find_tars(f"{path[:match.start()]}{number:0{len(first)}d}"
-                                     f"{path[match.end():]}")]
-    tars = sorted(glob.glob(path))
-    if not tars:
-        raise FileNotFoundError(f"{path} is not there; give a folder of tars or of pictures, a "
-                                "tar, a range d/{00000..00019}.tar or a quoted glob 'd/*.tar'")
-    return tars
+def utf8(name: str) -> str:
+    """A file's name as text: in one spelling of accents (NFC), bytes that are no text as \\xXX."""
+    content = name.encode("utf-8", "surrogateescape")
+    return unicodedata.normalize("NFC", content.decode("utf-8", "backslashreplace"))
 
 
-def add_captions(index: Index, file: str, whole: bool) -> None:
-    """Second captions from captions.tsv, a line of key, tab and text each: the last of a sample.
-    whole: the index has all samples, not a rank's part, so that some line must have a key of it."""
-    rows, counts = {key: row for row, key in enumerate(index.keys)}, Counter(index.keys)
-    used = 0
-    for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
-        try:
-            key, tab, text = line.decode().partition("\t")
-        except UnicodeDecodeError:
-            key, tab, text = "", "", ""
-        if not tab or not text.strip() or NOT_TEXT.search(text):
-            index.faults.append(f"{file}, line {number} is not a key, a tab and a caption in UTF-8")
-        elif counts[key] > 1:
-            index.faults.append(f"{file}, line {number}: {counts[key]} samples have key {key!r}")
-        elif key in rows:
-            index.captions[rows[key]] += (text.strip(),)
-            used += 1
-    if whole and not used:
-        index.faults.append(f"{file}: none of its keys is a sample's; a key is a file's name up "
-                            "to its first dot")
+def read_table(folder: str, table: str, places: dict, counts: Counter) -> dict:
+    """metadata.jsonl or .csv → the samples of a folder, with the whole name as key.
+    UserError: a line is broken, names no picture in the folder, or one that was named before."""
+    path, number, samples = f"{folder}/{table}", 0, {}
+    files = {utf8(name): place for name, place in places.items()}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = (json.loads(line) for line in file if line.strip())
+            for number, record in enumerate(csv.DictReader(file) if "csv" in table else lines, 1):
+                if not isinstance(record, dict) or None in record:
+                    raise ValueError("no JSON object, or a comma that is not in quotes")
+                name = record.get("file_name")
+                key = utf8(os.path.normpath(name)) if isinstance(name, str) else ""
+                inside = not os.path.isabs(key) and key.split("/")[0] not in ("", ".", "..")
+                if not inside or NOT_TEXT.search(key):
+                    raise ValueError(f"its file_name {name!r} is no file in the folder; it has "
+                                     f"{', '.join(record)}")
+                if key in samples:
+                    raise ValueError(f"{name!r} a second time; give all captions in one line")
+                missing = f"no such file: {name} in {folder}, where / divides folders"
+                samples[key] = {"picture": files.get(key, missing),
+                                "record": {field: record.get(field) for field in CAPTIONS}}
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise UserError(printable(f"{path}, near record {number}: {first_line(error)}; "
+                                  "correct it, in UTF-8")) from error
+    for key in files:
+        if key not in samples and not key.lower().endswith((".txt", ".json", ".jsonl", ".csv")):
+            not_read(counts, f"{folder}/{key}")
+    return samples
 
 
-def read_index(path: str, part: tuple = (0, 1)) -> Index:
-    """Find the samples of DATA, or of every n-th tar, and its faults, without opening a picture."""
-    index, tars = Index(), find_tars(path)[part[0]::part[1]]
-    for tar in tqdm(tars, "headers", unit="tar", delay=2, leave=False, disable=None):
-        scan_tar(index, tar)
-    metadata = os.path.join(path, "metadata.jsonl")
-    if tars and os.path.exists(metadata):
-        index.faults.append(f"{path} holds tars and metadata.jsonl; move one of them away")
-    if not tars and os.path.isdir(path):
-        if os.path.exists(metadata):
-            source, samples = metadata, scan_metadata(index, path, metadata)
+def tar_entries(file: tuple) -> list[tuple]:
+    """A tar's members: (name, place or why it cannot be read); a link has that of its target."""
+    entries, links = [], []
+    for member in tar_members(file[0]):
+        name = os.path.normpath(member.name)
+        if os.path.basename(name).startswith(".") or member.isdir():
+            continue
+        if member.issym() or member.islnk():
+            base = os.path.dirname(name) if member.issym() else ""
+            links.append((name, os.path.normpath(os.path.join(base, member.linkname))))
+        elif member.isreg() and not member.issparse():
+            entries.append((name, (file, member.offset_data, member.size)))
         else:
-            source, samples = path, scan_pictures(index, path)
-        keys = sorted(samples)
-        for start in range(0, len(keys), FOLDER_SHARD):
-            piece = {key: samples[key] for key in keys[start:start + FOLDER_SHARD]}
-            index.add_shard(f"{start // FOLDER_SHARD:05d}", Path(path), piece, source)
-    if os.path.isfile(os.path.join(path, "captions.tsv")):
-        add_captions(index, os.path.join(path, "captions.tsv"), part[1] == 1)
-    for name, count in Counter(shard.name for shard in index.shards).items():
-        if count > 1:
-            index.faults.append(f"{path}: {count} tars are called {name}.tar; rename them")
-    if not index.keys and not index.faults:
-        first = "".join(f" ({name}: {reason})" for name, reason in [*index.unreadable.items()][:1])
-        index.faults.append(f"{path} has no picture with a caption{first}; give key.png and "
-                            "key.txt in tars or in a folder, or a folder with metadata.jsonl")
-    return index
+            entries.append((name, "no regular file, or with holes: write the tar without --sparse"))
+    places = dict(entries)
+    for name, target in links:
+        missing = f"a link to what is no file in the tar: {utf8(target)}; put the file itself there"
+        places[name] = places.get(target, missing)
+        entries.append((name, places[name]))
+    return entries
 
 
-# ---- the dataset ---------------------------------------------------------------------------------
-
-class Pictures(torch.utils.data.Dataset):
-    """The samples of DATA as squares of `size` pixels, in a fixed order of rows.
-
-    shards: list of Shard; keys: (N,) list of str; captions: (N,) list of tuples of str;
-    unreadable: "shard/key" -> reason, filled as samples fail. If all pictures fit into
-    memory_gb (10^9 bytes), each is decoded once and then kept. part: (k, n), every n-th tar from
-    the k-th on. Raises ValueError or FileNotFoundError, in one sentence, for a DATA that cannot be
-    used.
-    """
-
-    def __init__(self, path: str, size: int, memory_gb: float = 2.0, part: tuple = (0, 1)):
-        index = read_index(str(path), part)
-        if index.faults:
-            more = f" (and {len(index.faults) - 1} more: see python data.py check {path})"
-            raise ValueError(index.faults[0] + more * (len(index.faults) > 1))
-        self.path, self.size, self.part = str(path), size, part
-        self.shards, self.keys, self.captions = index.shards, index.keys, index.captions
-        self.files, self.unreadable = index.files, index.unreadable
-        self.lost = len(index.unreadable)                          # samples that are no rows
-        self.places = np.array(index.places, np.int64).reshape(-1, 3)
-        self.notes = np.array(index.notes, np.int64).reshape(-1, 3)
-        self.arrays = {kind: np.array(column, np.int64).reshape(-1, 3)
-                       for kind, column in index.arrays.items()}
-        self.rows = np.arange(len(self.keys))                      # into places, cache and cached
-        self.cache, total = None, 3 * size * size * len(self.keys)
-        if total <= memory_gb * 1e9:
-            # Anonymous shared memory: forked workers fill it for all (spawned ones get a copy of
-            # their own), it takes no space before it is filled, and it does not count against a
-            # container's small /dev/shm.
-            self.cache = np.frombuffer(mmap.mmap(-1, total), np.uint8).reshape(-1, 3, size, size)
-            self.cached = np.frombuffer(mmap.mmap(-1, len(self.keys)), np.bool_)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def shard_of(self, i: int) -> Shard:
-        """The shard of row i."""
-        return self.shards[bisect_right(self.shards, i, key=lambda shard: shard.start) - 1]
-
-    def name(self, i: int) -> str:
-        """"shard/key" of row i."""
-        return f"{self.shard_of(i).name}/{self.keys[i]}"
-
-    def cut(self, i: int, function: Callable):
-        """function(the encoded picture of row i). Raises ValueError, naming file and key: one of
-        BROKEN was raised."""
-        number, offset, length = self.places[self.rows[i]].tolist()
-        file = self.files[number]
+def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar, or of several end to end: tarfile alone takes a block of zeros, or a
+    bad header, for the end in silence. UserError: it is damaged, and at which byte."""
+    offset = 0
+    with open(path, "rb") as file:
         try:
-            return function(read_bytes(file, offset, length))
-        except BROKEN as error:
-            self.unreadable[self.name(i)] = f"{printable(file)}: {error}"
-            raise ValueError(f"{printable(file)}: the picture of {self.name(i)} cannot be read "
-                             f"({error}); replace it") from None
+            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
+            while True:
+                while (member := tar.next()) is not None:
+                    if tar.offset <= offset:                     # it would be read for ever
+                        raise tarfile.ReadError("a size below 0")
+                    tar.members, offset = [], tar.offset         # or it keeps every header
+                    yield member
+                offset, block = file.seek(tar.offset), file.read(512)
+                if block != bytes(512):
+                    raise tarfile.ReadError("no header" if block.strip(b"\0") else "no end")
+                while block == bytes(512):
+                    tar.offset, block = tar.offset + 512, file.read(512)
+                if not block.strip(b"\0"):                      # or there is more: go on
+                    return
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+            raise UserError(f"{printable(path)} is packed, damaged, cut short or no tar, at byte "
+                            f"{offset} ({first_line(error)}): unpack it, or fetch or write it "
+                            "again") from error
 
-    def note(self, i: int) -> dict:
-        """The key.json of row i. ValueError: it has none, or it is no JSON object."""
-        number, offset, length = self.notes[self.rows[i]].tolist()
-        if number < 0:
-            raise ValueError(f"{self.name(i)} has no key.json with scores")
-        content = read_bytes(self.files[number], offset, length)
-        return parse_object(content, f"the key.json of {self.name(i)}")
 
-    def picture(self, i: int) -> torch.Tensor:
-        """Row i as uint8 (3, size, size). Raises ValueError, naming file and key: unreadable."""
-        row = self.rows[i]
-        if self.cache is not None and self.cached[row]:
-            return torch.from_numpy(self.cache[row].copy())
-        pixels, _ = self.cut(i, lambda data: square(data, self.size))
-        if self.cache is not None:
-            self.cache[row] = pixels
-            self.cached[row] = True                                # only now is it there
-        return torch.from_numpy(pixels.copy())
+# -- the samples of a piece
 
-    def __getitem__(self, places: tuple[np.ndarray, np.ndarray]) -> dict:
-        """Positions and rows, int64 (b,) each → a batch, as `batches` yields it, and `broken`."""
-        whole, pixels, broken = [], [], {}
-        for j, i in enumerate(places[1].tolist()):
+def read_pictures(shard: str, samples: dict, size: int, one_line: bool,
+                  counts: Counter) -> Iterator[tuple]:
+    """The samples that can be used: key, captions, place, pixels uint8 (3, size, size). The others
+    are named and counted."""
+    for key, parts in samples.items():
+        name = f"{shard}/{key}"
+        counts["found"] += 1
+        try:
+            captions = captions_of(name, parts, one_line, counts)
+            content = read_part(parts["picture"])
+            pixels = square(content, size)
+        except (UserError, *BROKEN) as error:
+            kind = "" if isinstance(error, UserError) else "an unreadable picture: "
+            reason = kind + first_line(error)
+            print(printable(f"left out {name}: {reason}"))
+            counts[f"left out, {reason.partition(':')[0]}"] += 1
+            continue
+        if min(Image.open(io.BytesIO(content), formats=FORMATS).size) < size:
+            note(counts, "pictures smaller than --size, which are enlarged", name)
+        yield key, captions, parts["picture"], pixels
+
+
+def captions_of(name: str, parts: dict, one_line: bool, counts: Counter) -> list[str]:
+    """The captions of a sample, each once: its .txt, or else text or caption; then the others of
+    CAPTIONS. UserError: there is none."""
+    texts, record = [], parts.get("record")
+    try:
+        if "txt" in parts:
+            text = read_part(parts["txt"]).decode("utf-8-sig").strip()
+            texts = text.splitlines()[:1] if one_line else [text]
+        if "json" in parts:
+            record = json.loads(read_part(parts["json"]))
+    except (ValueError, RecursionError) as error:      # RecursionError: thousands of brackets
+        raise UserError(f"a broken .txt or .json: {first_line(error)}; save it in UTF-8") from None
+    for key in CAPTIONS:
+        value = record.get(key) if isinstance(record, dict) else None
+        if value is not None and not (texts and key in ("text", "caption")):
+            texts += value if isinstance(value, list) else [value]
+    if not texts:
+        raise UserError("no caption: no .txt with its key, no text or caption in a .json or table")
+    if not all(isinstance(text, str) and not NOT_TEXT.search(text) for text in texts):
+        raise UserError("a caption that is not plain text")
+    captions = list(dict.fromkeys(text.strip() for text in texts))
+    worded = [caption for caption in captions if split_words(caption)]
+    if not worded:
+        raise UserError("a caption without a word")
+    if worded != captions:
+        note(counts, "captions without a word, beside others that stay", name)
+    for caption in worded:
+        words, lines = len(split_words(caption)), len(caption.splitlines())
+        if lines > 1 or words > MAX_WORDS:
+            note(counts, f"captions of several lines or over {MAX_WORDS} words, which slow "
+                 "training (shorten them, or pass --first-line)",
+                 f"{name}, {words} words in {lines} lines")
+    return worded
+
+
+def read_part(place: tuple | str) -> bytes:
+    """The bytes at a place. UserError: there are none, or too many."""
+    if isinstance(place, str):
+        raise UserError(place)
+    (path, _, _), offset, length = place
+    if length > MAX_BYTES:
+        raise UserError(f"a file of more than {MAX_BYTES:,} bytes")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def columns_of(pictures: Iterator, size: int, vae: "VAE | None",
+               encoder: "T5 | None") -> tuple[dict, list]:
+    """Samples → a shard's columns, and the files that `place` counts. UserError: not finite."""
+    rows, texts, arrays = [], [], [np.empty((0, 3, size, size), np.uint8)]
+    if vae is not None:
+        channels, side = vae.model.config.latent_channels, size // 8
+        arrays = [np.empty((0, 2, channels, side, side), np.float16)]
+    while batch := list(islice(pictures, 16)):
+        x = np.stack([pixels for *_, pixels in batch])                           # (b, 3, s, s)
+        if vae is not None:
+            x = torch.stack(vae.encode(torch.from_numpy(x)), 1).half().numpy()   # (b, 2, C, S, S)
+            encoder.states([text for _, captions, *_ in batch for text in captions])
+            for (key, captions, *_), latent in zip(batch, x):
+                states = [state.half().numpy() for state in encoder.states(captions)]   # (L, E)
+                if not all(np.isfinite(array).all() for array in (latent, *states)):
+                    raise UserError(printable(f"what {key} becomes is not finite: name another "
+                                              "--vae or --text-encoder, or remove the sample"))
+                texts += states
+            encoder.known.clear()
+        arrays.append(x)
+        rows += [row[:3] for row in batch]
+    columns, files, places = {}, {}, []
+    for _, _, (file, offset, length) in rows:
+        places.append((files.setdefault(file, len(files)), offset, length))
+    columns["place"] = np.array(places, np.int64).reshape(-1, 3)
+    columns["keys"], columns["key_ends"] = pack([key for key, _, _ in rows])
+    texts_of_all = [text for _, captions, _ in rows for text in captions]
+    columns["captions"], columns["caption_ends"] = pack(texts_of_all)
+    columns["pair_ends"] = np.cumsum([len(captions) for _, captions, _ in rows], dtype=np.int64)
+    x = np.concatenate(arrays)                                      # (n, 3, s, s), (n, 2, C, S, S)
+    if vae is None:
+        return columns | {"pixels": x}, [*files]
+    empty = encoder.states([""])[0].half().numpy()                               # (L, E)
+    ends = np.cumsum([len(states) for states in texts], dtype=np.int64)          # (P,)
+    return columns | {"mean": x[:, 0], "std": x[:, 1], "text_ends": ends, "empty": empty,
+                      "text": np.concatenate([empty[:0], *texts])}, [*files]
+
+
+# ---- the format ----------------------------------------------------------------------------------
+
+def pack(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Texts → their UTF-8 bytes end to end, uint8, and where each ends, int64 (n,)."""
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+def unpack(content: np.ndarray, ends: np.ndarray) -> list[str]:
+    """The inverse of pack."""
+    whole, starts = content.tobytes(), [0, *ends.tolist()]
+    return [whole[first:last].decode() for first, last in zip(starts, starts[1:])]
+
+
+def write_shard(path: Path, columns: dict[str, np.ndarray], **metadata) -> None:
+    """One file of DATA, whole or not at all; equal shards are equal bytes. Added to its metadata:
+    rows, pairs, a digest of keys, captions and pictures, each channel's sum and sum of squares."""
+    pictures = columns["pixels" if "pixels" in columns else "mean"]
+    content = hashlib.sha256()
+    for name in ("keys", "key_ends", "captions", "caption_ends", "pair_ends"):
+        content.update(np.ascontiguousarray(columns[name]).tobytes())
+    content.update(np.ascontiguousarray(pictures).tobytes())
+    sums, squares = np.zeros(pictures.shape[1]), np.zeros(pictures.shape[1])     # (C,) each
+    for row, picture in enumerate(pictures):
+        x = picture.astype(np.float64)                                           # (C, S, S)
+        sums += x.sum((1, 2))
+        squares += np.square(x).sum((1, 2))
+        if "std" in columns:             # a latent is drawn: its variance is the sum of two
+            squares += np.square(columns["std"][row].astype(np.float64)).sum((1, 2))
+    metadata |= dict(rows=len(pictures), pairs=len(columns["caption_ends"]), sums=sums.tolist(),
+                     squares=squares.tolist(), digest=content.hexdigest()[:16])
+    header = {"miro": json.dumps(metadata)}      # one key: safetensors shuffles several
+    columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    write_whole(path, lambda temporary: save_file(columns, temporary, header))
+
+
+def write_info(folder: Path, info: dict) -> None:
+    """DATA/data.json, written last: where it is, the data is whole."""
+    write_text(folder / "data.json", json.dumps(dict(format=2, **info), ensure_ascii=False))
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards of DATA, by name."""
+    return sorted(path for path in Path(folder).glob("*.safetensors")
+                  if not path.name.endswith(".scores.safetensors") and path.name[0] != ".")
+
+
+class Shard:
+    """One file of DATA; columns are read when asked for. UserError: it is damaged, or no shard."""
+
+    def __init__(self, path: Path):
+        self.path, self.name, self.opened, self.known = Path(path), Path(path).stem, None, {}
+        notes = self.metadata
+        self.rows, self.pairs, self.digest = notes["rows"], notes["pairs"], notes["digest"]
+
+    def close(self) -> None:
+        """Give the file and all that was kept back; it comes again when it is asked for."""
+        self.opened, self.known = None, {}
+
+    def __getstate__(self):                       # a started worker process opens the file anew
+        return self.__dict__ | dict(opened=None)
+
+    @property
+    def file(self):
+        """The mapped file."""
+        if self.opened is None:
             try:
-                pixels.append(self.picture(i))
-            except ValueError:
-                broken[self.name(i)] = self.unreadable[self.name(i)]
-            else:
-                whole.append(j)
-        nothing = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        position, row = (torch.from_numpy(place[whole]) for place in places)
-        return {"position": position, "row": row, "broken": broken,
-                "picture": torch.stack(pixels) if pixels else nothing}
+                self.opened = safe_open(self.path, "np")
+                if "miro" not in (self.opened.metadata() or {}):
+                    raise SafetensorError("it is no shard of DATA")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.path} cannot be read ({first_line(error)}): import again, "
+                                "or name another folder") from error
+        return self.opened
 
-    def select(self, rows: Sequence[int]) -> "Pictures":
-        """The same dataset with only these rows, in this order. Pictures in memory are shared."""
-        other, rows = copy.copy(self), list(rows)
-        other.rows = self.rows[np.array(rows, np.int64)]
-        other.keys = [self.keys[i] for i in rows]
-        other.captions = [self.captions[i] for i in rows]
-        other.shards = []                       # a shard that comes back later is another piece
-        for shard, piece in groupby(range(len(rows)), key=lambda i: self.shard_of(rows[i])):
-            piece = list(piece)
-            other.shards.append(replace(shard, start=piece[0], stop=piece[-1] + 1))
-        return other
+    @property
+    def metadata(self) -> dict:
+        """What `write_shard` was told, and added."""
+        return json.loads(self.file.metadata()["miro"])
+
+    def read(self, column: str, first: int | None = None, last: int | None = None) -> np.ndarray:
+        """Rows [first, last) of a column; all of it without them."""
+        if first is None:
+            return self.file.get_tensor(column)
+        return self.file.get_slice(column)[first:last]
+
+    def ends(self, name: str) -> np.ndarray:
+        """Where the pairs of each sample, or the caption or text of each pair, end: int64."""
+        if name not in self.known:
+            self.known[name] = self.read(f"{name}_ends")
+        return self.known[name]
+
+    @property
+    def pair_ends(self) -> np.ndarray:
+        """Where the pairs of each sample end: int64 (n,)."""
+        return self.ends("pair")
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The sample of each pair: int64 (P,)."""
+        return np.repeat(np.arange(self.rows), np.diff(self.pair_ends, prepend=0))
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' names."""
+        return unpack(self.read("keys"), self.read("key_ends"))
+
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each pair."""
+        return unpack(self.read("captions"), self.read("caption_ends"))
+
+    def caption(self, pair: int) -> str:
+        """The caption of one pair."""
+        return self.read("captions", *span(self.ends("caption"), pair)).tobytes().decode()
+
+    def text(self, pair: int) -> np.ndarray:
+        """The states of one pair's caption: float16 (L, E)."""
+        return self.read("text", *span(self.ends("text"), pair))
+
+    def image(self, row: int) -> bytes | None:
+        """The encoded picture of a sample from SOURCE; None: it never was in a file (shapes.py's).
+        UserError: the file is gone, or another one since it was imported."""
+        if "files" not in self.known:
+            self.known["files"] = self.metadata.get("files")
+        if not self.known["files"]:
+            return None
+        number, offset, length = self.read("place", row, row + 1)[0].tolist()
+        file = self.known["files"][number]
+        if list(file_of(file[0])) != file:
+            raise UserError(f"{file[0]} has changed since {self.path} was made from it: import "
+                            "again")
+        return read_part((file, offset, length))
+
+    def picture(self, row: int, size: int) -> np.ndarray:
+        """A sample as uint8 (3, size, size): its pixels, or the picture in SOURCE cut to it."""
+        if "pixels" in self.file.keys():
+            pixels = self.read("pixels", row, row + 1)[0]
+            if pixels.shape[1] == size:
+                return pixels
+        return square(self.image(row), size)
+
+
+def span(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """[first, last) of the i-th piece, where pieces lie end to end."""
+    return int(ends[i - 1]) if i else 0, int(ends[i])
+
+
+class Data:
+    """DATA: what data.json says, and its shards by name. Reading it costs a header a shard.
+    UserError: there is no data.json, or not all shards are there."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not (self.path / "data.json").is_file():
+            raise UserError(f"{path} has no data.json: make DATA of pictures with python data.py "
+                            f"import SOURCE {path} --size 32, or run it to its end")
+        self.info = read_json(self.path / "data.json")
+        if self.info.get("format") != 2:
+            raise UserError(f"{path}/data.json is not that of a dataset in format 2: import again")
+        self.kind, self.size = self.info["kind"], self.info["size"]
+        self.side = self.size if self.kind == "pixels" else self.size // 8
+        self.shards = [Shard(path) for path in shard_paths(self.path)]
+        if len(self.shards) != self.info["shards"]:
+            raise UserError(f"{path} has {len(self.shards)} of {self.info['shards']} shards: run "
+                            "the command that made it again")
+        self.rows = sum(shard.rows for shard in self.shards)
+        self.pairs = sum(shard.pairs for shard in self.shards)
+
+    @property
+    def channels(self) -> int:
+        """Of x_0: 3 of pixels, those of the VAE of latents."""
+        return len(self.shards[0].metadata["sums"])
+
+    def mean_std(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of all of x_0, a channel: float64 (C,) each."""
+        sums, squares = (np.sum([shard.metadata[key] for shard in self.shards], 0)
+                         for key in ("sums", "squares"))
+        mean = sums / (self.rows * self.side ** 2)                               # (C,)
+        return mean, np.sqrt(squares / (self.rows * self.side ** 2) - mean ** 2)
 
 
 # ---- the order of samples ------------------------------------------------------------------------
 
-@lru_cache(maxsize=2)
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(n: int, seed: int, *numbers: int) -> np.ndarray:
     """A random order of n rows: int64 (n,). Of raw bits, which numpy promises never to change."""
-    bits = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(n)
-    return np.argsort(bits, kind="stable")
+    source = np.random.SeedSequence((seed, STREAMS["order"], *numbers))
+    return np.argsort(np.random.PCG64(source).random_raw(n), kind="stable")
 
 
-def rows_at(positions, n: int, seed: int) -> np.ndarray:
-    """Positions in the endless stream → rows, int64. Epoch e = position // n has an own order."""
-    positions = np.asarray(positions, np.int64)
-    epochs, rows = positions // n, np.empty_like(positions)
-    for epoch in np.unique(epochs).tolist():
-        inside = epochs == epoch
-        rows[inside] = permutation(n, seed, epoch)[positions[inside] % n]
-    return rows
+class Order:
+    """Which sample stands at a position of the endless stream: a function of (seed, position).
 
-
-def batches(pictures: Pictures, seed: int, first_step: int, last_step: int, batch: int,
-            rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[dict]:
-    """Steps [first_step, last_step): dicts of position (b,) and row (b,) int64, and picture uint8
-    (b, 3, size, size).
-
-    `batch` is global: step k covers the positions [k*batch, (k+1)*batch) of `rows_at`, and rank r
-    its r-th contiguous slice. So a step is the same after a resume, with any number of workers,
-    and each sample comes once per epoch. Unreadable samples are left out (b is smaller, perhaps
-    0) and recorded in pictures.unreadable; more than 1 % of what this rank has read (beyond bad
-    luck: three standard deviations, from 100 samples on) is a ValueError.
+    An epoch shuffles the shards, takes them in windows, and shuffles the rows of each window: every
+    sample comes once, and only a window's files are needed at a time. counts: rows of each shard.
     """
-    if batch % world:
-        raise ValueError(f"a batch of {batch} cannot be shared by {world} processes; choose a "
-                         f"multiple of {world}")
-    advice = f"(the limit is {MAX_UNREADABLE:.0%}); see python data.py check {pictures.path}"
-    samples, share = len(pictures.places) + pictures.lost, batch // world
-    if pictures.lost > MAX_UNREADABLE * samples:
-        raise ValueError(f"{pictures.path}: {pictures.lost} of {samples} samples lack a picture or "
-                         f"a caption {advice}")
-    positions = (np.arange(share) + step * batch + rank * share
-                 for step in range(first_step, last_step))
-    loader = torch.utils.data.DataLoader(
-        pictures, batch_size=None, num_workers=workers,
-        sampler=((position, rows_at(position, len(pictures), seed)) for position in positions),
-        generator=torch.Generator(),                # its own: the caller's stream is left alone
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
-    read = failed = 0
-    for step in loader:
-        broken = step.pop("broken")
-        pictures.unreadable.update(broken)          # a worker process filled only its own copy
-        read, failed = read + share, failed + len(broken)
-        # Three standard deviations on top, or bad luck would stop a run with a share below 1 %.
-        if read >= 100 and failed > MAX_UNREADABLE * read + 3 * (MAX_UNREADABLE * read) ** 0.5:
-            raise ValueError(f"{pictures.path}: {failed} of {read} samples unreadable {advice}")
-        yield step
+
+    def __init__(self, counts: Sequence[int], seed: int, window: int = 64):
+        self.counts, self.seed, self.window = np.array(counts, np.int64), seed, window
+        self.known = {}                                # the last windows: shard and row, shuffled
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions int64 (b,) → the shard and its row at each, int64 (b,)."""
+        shard, row = np.empty_like(positions), np.empty_like(positions)
+        epochs, inside = np.divmod(positions, len(self))
+        for epoch in np.unique(epochs).tolist():
+            shards = permutation(len(self.counts), self.seed, epoch)
+            firsts = np.arange(0, len(shards), self.window)
+            ends = np.cumsum(np.add.reduceat(self.counts[shards], firsts))       # of windows
+            windows = np.searchsorted(ends, inside, side="right")
+            for number in np.unique(windows[epochs == epoch]).tolist():
+                here = (epochs == epoch) & (windows == number)
+                first = ends[number - 1] if number else 0
+                mine = shards[firsts[number]:firsts[number] + self.window]
+                shuffled = self.rows_of(epoch, number, mine)
+                shard[here], row[here] = shuffled[:, inside[here] - first]
+        return shard, row
+
+    def rows_of(self, epoch: int, number: int, shards: np.ndarray) -> np.ndarray:
+        """The rows of one window, shuffled: shard and row, int32 (2, n)."""
+        if (epoch, number) not in self.known:
+            while len(self.known) > 1:                 # two: a batch may span the end of one
+                del self.known[next(iter(self.known))]
+            counts = self.counts[shards]
+            starts = np.cumsum(counts) - counts
+            shard = np.repeat(shards, counts).astype(np.int32)
+            row = (np.arange(len(shard)) - np.repeat(starts, counts)).astype(np.int32)
+            order = permutation(len(shard), self.seed, epoch, 1 + number)    # 0 is the shards' own
+            self.known[epoch, number] = np.stack([shard, row])[:, order]
+        return self.known[epoch, number]
 
 
 # ---- words as vectors ----------------------------------------------------------------------------
 
+# Scripts that are written without spaces: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff"
+                       "\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
 def split_words(text: str) -> list[str]:
-    """"Two dogs, don't!" → ["two", "dogs", "don't"]. A word has letters, digits and, in many
-    scripts, marks: the vowel signs of Hindi, say, without which different words are the same."""
-    text = unicodedata.normalize("NFC", text.lower())
-    kept = (c if c.isalnum() or c == "'" or unicodedata.category(c)[0] == "M" else " "
-            for c in text)
-    return [word for part in "".join(kept).split() if (word := part.strip("'"))]
+    """"Two dogs, don't!" → ["two", "dogs", "don't"]: letters, digits and marks, such as the vowel
+    signs of Hindi. Emoji and the characters of scripts without spaces are words of their own."""
+    pieces, alone = [], False
+    for c in unicodedata.normalize("NFC", text.lower()).replace("\ufe0f", ""):
+        kind = unicodedata.category(c)
+        if kind[0] == "M":
+            pieces.append(c)                           # belongs to the character before
+            continue
+        was_alone = alone
+        alone = bool(SPACELESS.match(c)) or kind in ("So", "Sk") and not c.isascii()
+        if alone or was_alone:
+            pieces.append(" ")
+        pieces.append(c if alone or c.isalnum() or c == "'" else " ")
+    return [word for part in "".join(pieces).split() if (word := part.strip("'"))]
 
 
 class Words:
-    """A frozen text encoder without weights: fixed random vectors of words and their positions.
+    """A frozen text encoder without weights, not in the paper (FLAN-T5 XL): of each word a random
+    vector, in the first half of the channels, and the sin-cos vector of its position.
 
-    The first half of the channels is the word: uniform, unit variance, made from a hash of the word
-    alone, so that it is the same in every vocabulary and with every library version. The second
-    half is the sin-cos vector of the position, unit variance too. Not in the paper (FLAN-T5 XL).
-    """
+    Both have unit variance. A word's is uniform, from its hash: the same in every vocabulary."""
 
     def __init__(self, vocabulary: Sequence[str], dim: int = 64, length: int = 16):
         assert dim % 4 == 0, dim
-        assert all(split_words(word) == [word] for word in vocabulary), vocabulary
         self.vocabulary, self.dim, self.length = tuple(vocabulary), dim, length
         self.index = {word: i for i, word in enumerate(self.vocabulary, 1)}
         # Row 0 is "", the one token of the empty prompt.
@@ -585,33 +926,27 @@ class Words:
         angle = torch.arange(length)[:, None] * frequency                         # (length, dim/4)
         self.positions = 2 ** 0.5 * torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, dim/2)
 
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text (B, length, dim) float32; text_mask (B, length) bool, True = token. Padding is 0.
-
-        Raises ValueError for an unknown word, with what is valid, and for too many words.
-        """
-        tokens, lengths = [], []
+    def states(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """The vectors (L, dim) of each prompt's L words, float32; "" has one of its own.
+        UserError: an unknown word, with what is valid, or too many words."""
+        found = []
         for prompt in prompts:
             words = split_words(prompt)
             for word in words:
                 if word not in self.index:
-                    raise ValueError(f"{prompt!r} has the unknown word {word!r}; {self.hint(word)}")
+                    close = difflib.get_close_matches(word, self.vocabulary, n=60, cutoff=0)
+                    raise UserError(f"{printable(prompt)!r} has the unknown word {word!r}; known "
+                                    f"words, the closest first: {', '.join(close)}")
             if len(words) > self.length:
-                raise ValueError(f"{prompt!r} has {len(words)} words; shorten it to {self.length}")
-            tokens.append([self.index[word] for word in words] + [0] * (self.length - len(words)))
-            lengths.append(max(1, len(words)))
-        token = torch.tensor(tokens, dtype=torch.long).view(-1, self.length)        # (B, length)
-        text_mask = torch.arange(self.length) < torch.tensor(lengths).view(-1, 1)   # (B, length)
-        positions = self.positions.expand(len(prompts), -1, -1)            # (B, length, dim/2)
-        text = torch.cat([self.words[token], positions], dim=-1)           # (B, length, dim)
-        return text * text_mask[..., None], text_mask
+                raise UserError(f"{printable(prompt)!r} has {len(words)} words; shorten it to "
+                                f"{self.length}")
+            token = torch.tensor([self.index[word] for word in words] or [0])    # (L,)
+            found.append(torch.cat([self.words[token], self.positions[:len(token)]], 1))
+        return found
 
-    def hint(self, word: str) -> str:
-        """What could be written instead of an unknown word."""
-        if len(self.vocabulary) <= 60:
-            return "the words are: " + ", ".join(self.vocabulary)
-        close = difflib.get_close_matches(word, self.vocabulary, n=5)
-        return "close words are: " + ", ".join(close) if close else "no known word is close to it"
+    def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text (B, L, dim), text_mask (B, L) bool, True = token; L the longest prompt's."""
+        return pad(self.states(prompts))
 
     def free(self) -> None:
         """Nothing: there are no weights (T5 has some)."""
@@ -621,28 +956,32 @@ class Words:
         return {"kind": "words", "vocabulary": list(self.vocabulary), "dim": self.dim,
                 "length": self.length}
 
-    @staticmethod
-    def from_config(config: dict) -> "Words":
-        """The inverse of `config`. ValueError: the configuration of another encoder."""
-        if config.get("kind") != "words":
-            raise ValueError(f"a text encoder of kind {config.get('kind')!r}; this one is 'words'")
-        return Words(config["vocabulary"], config["dim"], config["length"])
-
-    @staticmethod
-    def vocabulary_of(captions: Iterable[str | tuple[str, ...]]) -> tuple[str, ...]:
-        """Every word of some captions, or tuples of captions (Pictures.captions), sorted."""
-        texts = (" ".join((entry,) if isinstance(entry, str) else entry) for entry in captions)
-        return tuple(sorted({word for text in texts for word in split_words(text)}))
-
 
 # ---- the release's encoders ----------------------------------------------------------------------
+
+@contextlib.contextmanager
+def loading(what: str, source: str, flag: str) -> Iterator[None]:
+    """UserError if a network cannot be loaded in the block."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TypeError, pickle.UnpicklingError,
+            SafetensorError) as error:
+        raise UserError(f"the {what} {source} cannot be loaded: name a folder or hub id with "
+                        f"{flag} ({first_line(error)})") from error
+
+
+def whole(network: torch.nn.Module, found: dict) -> torch.nn.Module:
+    """A network, frozen. ValueError: a weight is missing, and would be left to chance."""
+    if found["missing_keys"]:
+        raise ValueError(f"it has no {min(found['missing_keys'])}")
+    return network.eval().requires_grad_(False)
+
 
 class T5:
     """Text as the paper reads it: the last states of a T5EncoderModel (FLAN-T5-XL), frozen.
 
-    source: a hub id or a folder of transformers. It is loaded at the first prompt, in bf16 on a GPU
-    and in fp32 else; `free` gives its memory back. Prompts once encoded are remembered.
-    """
+    source: a hub id or a folder of transformers, loaded at the first prompt, in bf16 on a GPU and
+    in fp32 else; `free` gives its memory back. Prompts once encoded are remembered."""
     SOURCE = "google/flan-t5-xl"
 
     def __init__(self, source: str, dim: int | None = None, length: int = 77):
@@ -650,28 +989,19 @@ class T5:
         self.model, self.known, self.device = None, {}, torch.device("cpu")
 
     def load(self) -> None:
-        """Read tokenizer and weights. ValueError: they are not there, or of another width."""
+        """Read tokenizer and weights. UserError: they are not there, or of another width."""
         from transformers import AutoTokenizer, T5EncoderModel
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        try:
+        with loading("text encoder", self.source, "--text-encoder"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-            self.model, found = T5EncoderModel.from_pretrained(self.source, dtype=dtype,
-                                                               output_loading_info=True)
-            if found["missing_keys"]:
-                raise ValueError(f"it has no {sorted(found['missing_keys'])[0]}")
-            words, room = len(self.tokenizer), self.model.config.vocab_size
+            model = whole(*T5EncoderModel.from_pretrained(self.source, dtype=dtype,
+                                                          output_loading_info=True))
+            words, room, width = len(self.tokenizer), model.config.vocab_size, model.config.d_model
             if not room - 128 <= words <= room:     # without its files transformers makes one up
                 raise ValueError(f"its tokenizer has {words} tokens and its table {room} rows")
-        except (OSError, ValueError, RuntimeError, TypeError, pickle.UnpicklingError,
-                SafetensorError) as error:
-            raise ValueError(f"the text encoder {self.source} cannot be loaded: name a folder or "
-                             f"hub id with --text-encoder ({first_line(error)})") from error
-        width = self.model.config.d_model
-        if self.dim not in (None, width):
-            raise ValueError(f"the text encoder {self.source} has states of width {width}, and "
-                             f"this network reads {self.dim}: name another with --text-encoder")
-        self.dim = width
-        self.model.to(self.device).eval().requires_grad_(False)
+            if self.dim not in (None, width):
+                raise ValueError(f"states of width {width}, and this network reads {self.dim}")
+        self.dim, self.model = width, model.to(self.device)
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> list[torch.Tensor]:
@@ -690,8 +1020,8 @@ class T5:
             self.known |= {p: states[i, :n].clone() for i, (p, n) in enumerate(zip(part, lengths))}
         return [self.known[prompt] for prompt in prompts]
 
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text (B, L, dim) float32, text_mask (B, L) bool, L the longest prompt's. Padding is 0."""
+    def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text (B, L, dim) float32, text_mask (B, L) bool, True = token; L the longest prompt's."""
         return pad(self.states(prompts))
 
     def free(self) -> None:
@@ -713,373 +1043,80 @@ class VAE:
         self.source, self.model, self.device = source, None, torch.device("cpu")
 
     def load(self) -> None:
-        """Read the weights. ValueError: they are not there."""
+        """Read the weights, the first time. UserError: they are not there."""
         from diffusers import AutoencoderKL
-        try:
-            # Without low_cpu_mem_usage it does not ask for a further package, accelerate.
-            self.model, found = AutoencoderKL.from_pretrained(
-                self.source, output_loading_info=True, low_cpu_mem_usage=False)
-            if found["missing_keys"]:                          # diffusers leaves them to chance
-                raise ValueError(f"it has no {sorted(found['missing_keys'])[0]}")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the VAE {self.source} cannot be loaded: name a folder or hub id "
-                             f"with --vae ({first_line(error)})") from error
-        self.model.to(self.device).eval().requires_grad_(False)
+        if self.model is None:
+            with loading("VAE", self.source, "--vae"):       # low_cpu_mem_usage needs accelerate
+                self.model = whole(*AutoencoderKL.from_pretrained(
+                    self.source, output_loading_info=True, low_cpu_mem_usage=False))
+        self.model.to(self.device)
 
     def move(self, device: torch.device) -> None:
-        """Compute there."""
+        """Compute there from now on."""
         self.device = device
-        if self.model is not None:
-            self.model.to(device)
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 (B, 3, 8 S, 8 S) → mean and std of the latents, (B, C, S, S) each."""
-        if self.model is None:
-            self.load()
+        self.load()
         found = self.model.encode(pictures.to(self.device).float() / 127.5 - 1).latent_dist
         return found.mean.cpu(), found.std.cpu()
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, S, S) in the VAE's own units → uint8 pictures (B, 3, 8 S, 8 S), CPU."""
-        if self.model is None:
-            self.load()
+        self.load()
         x = torch.cat([self.model.decode(part.to(self.device)).sample.cpu() for part in z.split(8)])
         return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def pad(states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """States (L_i, E) → text (B, L, E), padded with 0, and text_mask (B, L) bool."""
-    text = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)             # (B, L, E)
+    text = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)       # (B, L, E)
     lengths = torch.tensor([len(s) for s in states])                             # (B,)
     return text, torch.arange(text.shape[1]) < lengths[:, None]
 
 
 def encoder_of(config: dict) -> Words | T5:
-    """The inverse of `config` of either encoder. ValueError: another kind."""
+    """The encoder of a `config()` of either kind. ValueError: another kind."""
     if config["kind"] == "t5":
         return T5(config["source"], config["dim"], config["length"])
-    return Words.from_config(config)
+    if config["kind"] != "words":
+        raise ValueError(f"a text encoder of kind {config['kind']!r}: there are t5 and words")
+    return Words(config["vocabulary"], config["dim"], config["length"])
 
 
-# ---- encoded pictures: latents and text states ---------------------------------------------------
-
-class Latents(Pictures):
-    """The samples of a folder that `encode` wrote, for a network of latents of `side`.
-
-    As a dataset of Pictures it has their size, 8 x side, so that scores and bins are found; its
-    batches have latents. `choose(position, row)` names the caption whose states are read.
-    Raises ValueError: not such a folder, or not encoded at this size.
-    """
-
-    def __init__(self, path: str, side: int):
-        self.encoded = read_encoded(Path(path))
-        super().__init__(path, 8 * side, memory_gb=0)
-        self.choose = first_caption
-        if len(self.shards) < self.encoded["shards"]:
-            raise ValueError(f"{path} has {len(self.shards)} of {self.encoded['shards']} shards: "
-                             "run python data.py encode to its end")
-        if self.size not in self.encoded["sizes"]:
-            raise ValueError(f"{path} was encoded at {self.encoded['sizes']} pixels, and a side of "
-                             f"{side} needs {self.size}: encode it with --sizes {self.size}")
-        try:
-            values = np.load(Path(path) / "empty.npy", allow_pickle=False).astype(np.float32)
-            self.empty = torch.from_numpy(values.reshape(-1, self.encoded["dim"]))       # (L, E)
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{path}/empty.npy, the states of the empty caption, cannot be read "
-                             f"({error}): encode into a new folder") from error
-        captions = np.array([len(texts) for texts in self.captions])                 # (N,)
-        due = {f"mean{self.size}": 0, f"std{self.size}": 0}      # kind -> due with more captions
-        due |= {f"text{number}": number for number in range(captions.max())}
-        for kind, number in due.items():
-            there = np.full((len(self), 3), -1)
-            there[:len(self.arrays.get(kind, ()))] = self.arrays.get(kind, -1)
-            self.arrays[kind] = there
-            missing = np.flatnonzero((there[:, 0] < 0) & (captions > number))
-            if len(missing):
-                file = self.files[self.places[missing[0]][0]]
-                raise ValueError(f"{file}: {self.name(missing[0])} has no {kind}; remove the tar "
-                                 "and encode again")
-
-    def read(self, i: int, kind: str) -> torch.Tensor:
-        """One array of row i, float32. ValueError, naming file and key: it cannot be read."""
-        row = int(self.rows[i])
-        number, offset, length = self.arrays[kind][row].tolist()
-        content = read_bytes(self.files[number], offset, length)
-        try:
-            values = np.load(io.BytesIO(content), allow_pickle=False)
-            if values.dtype != np.float16 or values.ndim != (2 if kind.startswith("text") else 3):
-                raise ValueError(f"{values.dtype} {values.shape}")
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{self.files[number]}: {kind} of {self.name(i)} cannot be read "
-                             f"({error}); remove the tar and encode again") from error
-        return torch.from_numpy(values.astype(np.float32))
-
-    def __getitem__(self, places: tuple[np.ndarray, np.ndarray]) -> dict:
-        """As Pictures, with latents: "picture" their means and "std" (b, C, S, S), "text"
-        (b, L, E), "text_mask" (b, L)."""
-        position, row = (torch.from_numpy(np.array(place)) for place in places)
-        pairs = list(zip(position.tolist(), row.tolist()))
-        text, mask = pad([self.read(i, f"text{self.choose(p, i)}") for p, i in pairs])
-        return {"position": position, "row": row, "broken": {}, "text": text, "text_mask": mask,
-                "picture": torch.stack([self.read(i, f"mean{self.size}") for _, i in pairs]),
-                "std": torch.stack([self.read(i, f"std{self.size}") for _, i in pairs])}
-
-
-def first_caption(position: int, row: int) -> int:
-    """The choice of Latents unless another is set."""
-    return 0
-
-
-def read_encoded(folder: Path) -> dict:
-    """encoded.json: which encoders made the arrays, and how. ValueError: it is not there."""
-    file = folder / "encoded.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} has no encoded.json: latents are made with python data.py "
-                         f"encode DATA OUT, and read from OUT")
-    found = parse_object(file.read_bytes(), str(file))
-    missing = [key for key in ("sizes", "vae", "scaling_factor", "text_encoder", "dim", "length",
-                               "dtype", "data", "shards") if key not in found]
-    if missing:
-        raise ValueError(f"{file} has no {', '.join(missing)}; encode into a new folder")
-    return found
-
-
-def encode_shard(pictures: Pictures, shard: Shard, path: Path, sizes: list, vae: "VAE",
-                 encoder: "T5", bar: tqdm) -> None:
-    """One tar of the samples of a shard with their arrays; it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")          # after a kill the next run's own
-    with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-
-        def add(name: str, content: bytes) -> None:
-            """One file of the tar."""
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-        def add_array(name: str, values: torch.Tensor) -> None:
-            """The same as a float16 .npy."""
-            buffer = io.BytesIO()
-            np.save(buffer, values.half().numpy())
-            add(name, buffer.getvalue())
-
-        for first in range(shard.start, shard.stop, 16):
-            whole = []                                        # (row, its bytes, squares by size)
-            for row in range(first, min(first + 16, shard.stop)):
-                try:
-                    note = pictures.note(row) if pictures.notes[pictures.rows[row], 0] >= 0 else {}
-                    whole.append((row, note, *pictures.cut(row, lambda content: (
-                        content, [square(content, size)[0] for size in sizes]))))
-                except ValueError as error:
-                    pictures.unreadable.setdefault(pictures.name(row), str(error))
-                    continue
-            bar.update(min(first + 16, shard.stop) - first)
-            if not whole:
-                continue
-            encoder.states([text for row, *_ in whole for text in pictures.captions[row]])
-            latents = [vae.encode(torch.from_numpy(np.stack([squares[k] for *_, squares in whole])))
-                       for k in range(len(sizes))]
-            for j, (row, note, content, _) in enumerate(whole):
-                key, captions = pictures.keys[row], pictures.captions[row]
-                ending = Image.open(io.BytesIO(content), formats=FORMATS).format.lower()
-                ending = dict(jpeg="jpg", mpo="jpg", jpeg2000="jp2").get(ending, ending)
-                add(f"{key}.{ending}", content)
-                add(f"{key}.txt", captions[0].encode())
-                given = {name: value for name, value in note.items() if name.endswith("_score")}
-                add(f"{key}.json", json.dumps({"captions": captions[1:]} | given).encode())
-                for size, (mean, std) in zip(sizes, latents):
-                    add_array(f"{key}.mean{size}.npy", mean[j])
-                    add_array(f"{key}.std{size}.npy", std[j])
-                for number, states in enumerate(encoder.states(captions)):
-                    add_array(f"{key}.text{number}.npy", states)
-            encoder.known.clear()
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def encode(data: str, out: Path, sizes: list, vae: "VAE", encoder: "T5", rank: int = 0,
-           world: int = 1) -> None:
-    """The shards of one rank, those that are there left out. ValueError: OUT was begun otherwise,
-    or more samples than MAX_UNREADABLE cannot be read."""
-    if not sizes or any(size < 8 or size % 8 for size in sizes):
-        raise ValueError(f"--sizes {sizes}: the VAE halves a picture three times, name multiples "
-                         "of 8")
-    pictures = Pictures(data, max(sizes), memory_gb=0)
-    vae.load()
-    empty = encoder.states([""])[0]                                              # (L, E)
-    content = hashlib.sha256(json.dumps([pictures.keys, pictures.captions]).encode()).hexdigest()
-    settings = dict(format=1, sizes=sizes, vae=vae.source, text_encoder=encoder.source,
-                    scaling_factor=vae.model.config.scaling_factor, dim=encoder.dim,
-                    length=encoder.length, dtype=str(encoder.model.dtype), data=content[:16],
-                    shards=len(pictures.shards))
-    if out.is_file() or out.resolve() == Path(data).resolve():
-        raise ValueError(f"OUT {out}: name a folder of its own")
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "encoded.json").exists():
-        found = read_encoded(out)
-        for key, value in settings.items():
-            if found.get(key) != value:
-                raise ValueError(f"{out} was begun with {key} {found.get(key)}, not {value}: "
-                                 "encode with the same, or into another folder")
-    elif any(out.glob("*.tar")):
-        raise ValueError(f"{out} holds tars that this command did not write: name another folder")
-    else:
-        for name, write in (("empty.npy", lambda path: np.save(path, empty.numpy())),
-                            ("encoded.json", lambda path: path.write_text(json.dumps(settings)))):
-            temporary = out / f".{os.getpid()}.{name}"
-            write(temporary)
-            os.replace(temporary, out / name)
-    mine = pictures.shards[rank::world]
-    todo = [shard for shard in mine if not (out / f"{shard.name}.tar").exists()]
-    with tqdm(total=sum(shard.stop - shard.start for shard in todo), desc="encoding",
-              unit="picture", disable=rank > 0) as bar:
-        for shard in todo:
-            encode_shard(pictures, shard, out / f"{shard.name}.tar", sizes, vae, encoder, bar)
-    failed = pictures.unreadable
-    for name, reason in failed.items():
-        print(f"left out {name}: {reason}")
-    print(f"{len(todo)} shards written to {out}, {len(failed)} samples left out")
-    samples = sum(shard.stop - shard.start for shard in mine) + pictures.lost
-    if len(failed) > MAX_UNREADABLE * samples:
-        raise ValueError(f"{data}: {len(failed)} of {samples} samples cannot be read (the limit is "
-                         f"{MAX_UNREADABLE:.0%}); see python data.py check {data}")
-
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
-def best_device() -> torch.device:
-    """CUDA, else MPS, else CPU; under torchrun each rank's own GPU, or on a Mac the CPU: gloo has
-    no MPS."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    return torch.device("mps" if torch.backends.mps.is_available() and alone else "cpu")
-
-
-def precision(name: str, device: torch.device) -> torch.dtype:
-    """One of PRECISIONS → what a network's matrix products are made in. "auto" is fp32 but on CUDA:
-    there bf16, or fp16 on chips that only emulate it (on most CPUs bf16 is slower than fp32)."""
-    if name == "auto" and device.type == "cuda":
-        real = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bf16" if real else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
-
-
-# ---- python data.py check DATA -------------------------------------------------------------------
-
-def read_all(index: Index, names: list[str], size: int) -> list[tuple[int, int]]:
-    """Decode every picture: (width, height) of the readable ones; the others become unreadable."""
-    sizes = []
-    for row, name in enumerate(tqdm(names, "pictures", leave=False, disable=None)):
-        number, offset, length = index.places[3 * row:3 * row + 3]
-        file = index.files[number]
-        try:
-            sizes.append(square(read_bytes(file, offset, length), size)[1])
-        except BROKEN as error:
-            index.unreadable[name] = f"{printable(file)}: {error}"
-    return sizes
-
-
-def hashes(captions: tuple[str, ...]) -> list[str]:
-    """16 hex digits a caption, by which a sidecar of scores knows that a caption was changed."""
-    return [hashlib.sha256(caption.encode()).hexdigest()[:16] for caption in captions]
-
-
-def find_scored(index: Index) -> set[str]:
-    """Names of the samples whose captions, as they are now, have scores in their shard's sidecar.
-    A damaged sidecar is a fault."""
-    scored = set()
-    for shard in index.shards:
-        rows = range(shard.start, shard.stop)
-        now = {index.keys[row]: hashes(index.captions[row]) for row in rows}
-        sidecar = shard.folder / f"{shard.name}.scores.jsonl"
-        lines = sidecar.read_bytes().splitlines() if sidecar.is_file() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                record = parse_object(line, f"{sidecar}, line {number}")
-            except ValueError as error:
-                index.faults.append(str(error))
-                continue
-            key = str(record.get("key"))              # none in the header, no scores if it failed
-            if "scores" in record and key in now and record.get("captions") == now[key]:
-                scored.add(f"{shard.name}/{key}")
-    return scored
-
-
-def check(path: str, size: int) -> list[str]:
-    """Print what DATA holds. Returns the faults, in sentences, that keep it from training."""
-    index = read_index(path)
-    names = [f"{shard.name}/{key}" for shard in index.shards
-             for key in index.keys[shard.start:shard.stop]]
-    lost = list(index.unreadable.values())
-    sizes = sorted(read_all(index, names, size), key=lambda side: side[0] * side[1])
-    scored = find_scored(index)
-    captions = [caption for several in index.captions for caption in several]
-    print(f"samples     {len(names)} in {len(index.shards)} shards, {len(captions)} captions")
-    if sizes:
-        shape = ["%d x %d" % sizes[i] for i in (0, len(sizes) // 2, -1)]
-        small = sum(min(side) < size for side in sizes)
-        print(f"sizes       min {shape[0]}, median {shape[1]}, max {shape[2]}; "
-              f"{small} smaller than {size} px")
-    print(f"captions    {sum(reason.endswith('no caption') for reason in lost)} missing, "
-          f"{sum(reason.endswith('empty caption') for reason in lost)} empty")
-    for caption in sorted(captions, key=lambda caption: -len(split_words(caption)))[:3]:
-        print(f"  {len(split_words(caption))} words: {caption}")
-    print(f"keys        {index.duplicates} duplicate; {index.dotted} file names with several dots "
-          "(a key ends at the first)")
-    unscored = [name for name in names if name not in scored]
-    advice = f" (python rewards.py {path} --size {size})" if unscored else ""
-    print(f"unscored    {len(unscored)}{advice}")
-    print(f"unreadable  {len(index.unreadable)}")
-    for name, reason in index.unreadable.items():
-        print(f"  {name}: {reason}")
-    total = len(names) + len(lost)
-    if len(index.unreadable) > MAX_UNREADABLE * total:
-        index.faults.append(f"{path}: {len(index.unreadable)} of {total} samples are unreadable, "
-                            f"the limit is {MAX_UNREADABLE:.0%}; repair or remove them")
-    return index.faults
-
+# ---- the command line ----------------------------------------------------------------------------
 
 def main() -> None:
-    """The command line: check a dataset, or encode it."""
-    parser = argparse.ArgumentParser(description="Look at a dataset, or encode it, before training")
+    """The command line: bring pictures in."""
+    parser = argparse.ArgumentParser(description="Bring pictures and captions into DATA")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("check", help="read everything once and list what is wrong")
-    command.add_argument("data", help="folder of tars, tar, brace range, glob or picture folder")
-    command.add_argument("--size", type=int, default=24, help="side in pixels to train at")
-    command = commands.add_parser("encode", help="write VAE latents and T5 states beside the "
-                                  "pictures, into new tars")
-    command.add_argument("data", help="folder of tars, tar, brace range, glob or picture folder")
-    command.add_argument("out", help="folder to write to")
-    command.add_argument("--sizes", type=int, nargs="+", default=[256], help="sides in pixels")
-    command.add_argument("--vae", default=VAE.SOURCE, help="folder or hub id of an AutoencoderKL")
-    command.add_argument("--text-encoder", default=T5.SOURCE, help="folder or hub id of a T5")
-    command.add_argument("--length", type=int, default=256, help="tokens, then texts are cut")
+    for name, what, size in (("import", "pictures as they are, cut to squares", 32),
+                             ("encode", "their VAE latents and the T5 states of captions", 256)):
+        add = commands.add_parser(name, help=what).add_argument
+        add("sources", nargs="+", metavar="SOURCE", help="tar, folder of tars, or of pictures")
+        add("data", metavar="DATA", help="folder to write")
+        add("--size", type=int, default=size, help="side in pixels")
+        add("--first-line", action="store_true", help="a caption is the first line of its .txt")
+        add("--dry-run", action="store_true", help="write nothing, and say what is there")
+    add("--vae", default=VAE.SOURCE, help="folder or hub id of an AutoencoderKL")
+    add("--text-encoder", default=T5.SOURCE, help="folder or hub id of a T5")
+    add("--length", type=int, default=256, help="tokens, then texts are cut")
     args = parser.parse_args()
-    if args.command == "encode":
-        encoder, vae = T5(args.text_encoder, length=args.length), VAE(args.vae)
-        encoder.device = vae.device = best_device()
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        return encode(args.data, Path(args.out), args.sizes, vae, encoder, rank, world)
-    if args.size < 1:
-        raise ValueError(f"--size {args.size}: it is at least 1")
-    faults = check(args.data, args.size)
-    if faults:
-        raise ValueError("\n".join(faults))
-    print(f"{args.data} can be trained on")
+    warnings.filterwarnings("ignore", module="PIL")    # of broken notes in pictures; pixels count
+    if args.size < 1 or args.command == "encode" and args.size % 8:
+        raise UserError(f"--size {args.size}: it is at least 1, and of encode a multiple of 8, as "
+                        "the VAE halves a picture three times")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    vae = encoder = None
+    if args.command == "encode" and not args.dry_run:
+        vae, encoder = VAE(args.vae), T5(args.text_encoder, length=args.length)
+        vae.device = encoder.device = best_device()
+    if import_pictures(args.sources, args.data, args.size, rank, ranks, args.first_line, vae,
+                       encoder, args.dry_run):
+        print(f"next: python rewards.py {shlex.quote(args.data)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:            # a user's mistake: one sentence, no traceback
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,15 +1,16 @@
 """Flow matching with reward levels: the path, the loss, guidance, the solvers.
 
 Symbols (the whole project uses them):
-
     x_0 data · eps ~ N(0, I) noise · t (B,) 0 = data, 1 = noise · x_t = (1 - t) x_0 + t eps
-    v = eps - x_0 velocity · s (B, R) reward levels in [0, 1], 1 = best bin, -1 = not asked for;
+    v = eps - x_0 velocity · s (B, R) reward levels in [0, 1], 1 = best bin, NaN = not asked for;
     s_pos, s_neg: the levels wanted and those to move away from
     c the caption: text (B, L, E), text_mask (B, L) True = token · w guidance weight, 0 = off
     z (B, M, D) latents of the network, handed on from step to step · u (B,) learned log-variance
 
 Every function works on any `model(x_t, t, s, text, text_mask, z=None, known=None) -> v, z, u`;
-sampling also calls `known = model.condition(s, text, text_mask)`, once: it does not depend on t.
+sampling also calls `known = model.condition(s, text, text_mask)`: it does not depend on t. A
+network without latents returns an empty z, (B, 0, D). (train.py also wants its config,
+inner_matrices() and norms_and_biases().)
 """
 import torch
 
@@ -21,13 +22,12 @@ def path(x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def logit_normal(normal: torch.Tensor, mean: float = 0.0) -> torch.Tensor:
-    """Times from N(0, 1) numbers: most in the middle of the path (mean 0: the released recipe; the
-    paper's text has t uniform), or nearer to the noise (mean above 0)."""
+    """Times from N(0, 1): mean 0 the release's (paper's text: uniform), above 0 nearer to noise."""
     return torch.sigmoid(normal + mean)                                          # (B,)
 
 
 def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
-    """Flow-matching loss of each sample: (mse (B,), weighted (B,)).
+    """Flow-matching loss of each sample, mse (B,) and weighted (B,):
 
     mse      = mean over pixels of (v_θ(x_t, t, s, c) - (eps - x_0))²   (paper, equation 3)
     weighted = mse / exp(u(t)) + u(t), u a learned log-variance (not in the paper: the release,
@@ -37,13 +37,11 @@ def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
     as they do at sampling, where each step starts from the latents of the step before.
     """
     x_t = path(x_0, eps, t)                                                      # (B, C, H, W)
-    z = None
-    if self_condition.any():
-        k = self_condition
+    z, k = None, self_condition
+    if k.any():
         with torch.no_grad():                                  # n of the B samples
             latents = model(x_t[k], t[k], s[k], text[k], text_mask[k])[1]        # (n, M, D)
-        # Some versions of torch let the weights that autocast cast here serve the pass below, too,
-        # where they get no gradient: they were cast without one.
+        # What autocast cast here has no gradient, and some versions of torch use it again below.
         torch.clear_autocast_cache()
         z = latents.new_zeros(len(x_t), *latents.shape[1:])                      # (B, M, D)
         z[k] = latents
@@ -52,71 +50,63 @@ def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
     return mse, mse / u.exp() + u                                                # (B,), (B,)
 
 
-def guide(v_pos: torch.Tensor, v_neg: torch.Tensor, w: float) -> torch.Tensor:
-    """Multi-reward guidance on all channels: v̂ = v⁺ + w (v⁺ - v⁻)  (paper, equation 5).
+def branches(s_pos, s_neg, text, text_mask, w, text_neg=None, text_mask_neg=None) -> list:
+    """Multi-reward guidance v̂ = v⁺ + w (v⁺ - v⁻) (paper, equation 5), as sample() takes it.
 
-    v⁺ sees s_pos, v⁻ sees s_neg. It tilts the samples towards p(x|c, s_pos) times
-    [p(s_pos|x, c) / p(s_neg|x, c)]^w. w = 0 is off. Where others write v⁻ + ω (v⁺ - v⁻),
-    their ω is w + 1.
+    v⁺ sees s_pos, v⁻ sees s_neg (B, R). It tilts the samples towards p(x|c, s_pos) times
+    [p(s_pos|x, c) / p(s_neg|x, c)]^w. w = 0 is off: one branch. Where others write
+    v⁻ + ω (v⁺ - v⁻), their ω is w + 1. text_neg, text_mask_neg: the caption of v⁻; None = the same,
+    as in the paper (the release puts the empty caption there).
     """
-    return v_pos + w * (v_pos - v_neg)
+    positive = (1 + w, s_pos, text, text_mask)
+    if w == 0:
+        return [positive]
+    if text_neg is None:
+        text_neg, text_mask_neg = text, text_mask
+    return [positive, (-w, s_neg, text_neg, text_mask_neg)]
 
 
 def step_times(steps: int, shift: float = 1.0) -> list:
     """Times of a sampler's steps, 1 to 0: shift t / (1 + (shift - 1) t) of even t (Esser et al.
-    2024). Above 1 more steps are near the noise, where the content of small pictures is decided;
-    1, even steps, is the release's."""
+    2024). Above 1 more are near the noise, where small pictures are decided; 1 is the release's."""
     t = torch.linspace(1, 0, steps + 1)                                          # (steps + 1,)
     return (shift * t / (1 + (shift - 1) * t)).tolist()
 
 
 @torch.no_grad()
-def sample(model, eps, s_pos, s_neg, text, text_mask, text_neg=None, text_mask_neg=None, w=0.0,
-           steps=50, solver="euler", shift=1.0, interval=(0.0, 1.0), progress=None):
+def sample(model, eps, branches, steps=50, solver="euler", shift=1.0, interval=(0.0, 1.0),
+           progress=None):
     """Integrate dx/dt = v̂ from noise (t = 1) to data (t = 0): eps (B, C, H, W) → x_0.
 
-    s_pos, s_neg (B, R): the levels asked for and the levels to move away from.
-    text_neg, text_mask_neg: the caption of the negative branch; None = the same caption, as in the
-        paper (the release puts the empty caption there).
+    branches: K of (weight, s (B, R), text (B, L, E), text_mask (B, L)), one L for all of them;
+        v̂ = Σ weight v on all channels. Guidance is two of them: see branches().
     solver: "euler", or "ab2" (Adams-Bashforth of second order: as many evaluations, but each step
         extrapolates the velocity from the last two; not in the paper).
-    shift: see step_times.
-    interval: guidance acts for interval[0] <= t <= interval[1] (Kynkäänniemi et al. 2024), and
-        outside of it, as with w = 0, the negative branch costs nothing.
-    progress: called after each step.
-    Raises ValueError on an unknown solver or fewer than 1 step.
+    interval: guidance acts for interval[0] <= t <= interval[1] (Kynkäänniemi et al. 2024); outside
+        of it v̂ is the first branch's v, and the others cost nothing.
+    shift: see step_times. progress: called after each step. ValueError: no such solver, no step.
     """
     if solver not in ("euler", "ab2") or steps < 1:
         raise ValueError(f"solver {solver!r} with {steps} steps: use euler or ab2, 1 step or more")
-    if text_neg is None:
-        text_neg, text_mask_neg = text, text_mask
-    asked, known = {False: (s_pos, text, text_mask)}, {}     # by guided or not: (B, R | L, E | L)
-    if w != 0:                                                                  # (2B, R | L, E | L)
-        negative = (s_neg, text_neg, text_mask_neg)
-        asked[True] = [torch.cat(pair) for pair in zip(asked[False], negative)]
-    x_t, z, v_last, last, B, was_guided = eps, None, None, None, len(eps), False
-    times = step_times(steps, shift)
+    alone = branches if len(branches) == 1 else [(1.0, *branches[0][1:])]
+    B, times = len(eps), step_times(steps, shift)
+    x_t, z, acting = eps, None, None
     for now, after in zip(times[:-1], times[1:]):
-        t = torch.full((B,), now, device=eps.device)                             # (B,)
-        guided = w != 0 and interval[0] <= now <= interval[1]
-        if guided != was_guided:                  # v̂ jumps here: no line through both sides of it
-            v_last, was_guided = None, guided
-        if guided not in known:
-            known[guided] = model.condition(*asked[guided])
-        if guided:
-            if z is not None and len(z) == B:         # guidance begins: both branches share a past
-                z = torch.cat([z, z])                                            # (2B, M, D)
-            v, z, _ = model(torch.cat([x_t, x_t]), torch.cat([t, t]), *asked[True], z,
-                            known[True])                                         # (2B, C, H, W)
-            v = guide(v[:B].float(), v[B:].float(), w)                           # (B, C, H, W)
-        else:
-            z = z[:B] if z is not None else None
-            v, z, _ = model(x_t, t, *asked[False], z, known[False])              # (B, C, H, W)
-            v = v.float()
-        slope, step = v, after - now
-        if solver == "ab2" and v_last is not None:          # the line through the last two, midway
-            slope = v + (v - v_last) * step / last / 2                           # (B, C, H, W)
-        x_t, v_last, last = x_t + step * slope, v, step                          # (B, C, H, W)
+        due = branches if interval[0] <= now <= interval[1] else alone
+        if acting is not due:                     # at the start, and where guidance begins or ends
+            acting, K, last = due, len(due), None   # v̂ jumps: no line through both sides of it
+            weights, *asked = zip(*acting)
+            asked = [torch.cat(parts) for parts in asked]                        # (K B, R | L, ...)
+            known = model.condition(*asked)
+            if z is not None:                     # all branches go on from the first one's past
+                z = z[:B].repeat(K, 1, 1)                                        # (K B, M, D)
+        t = torch.full((K * B,), now, device=eps.device)                         # (K B,)
+        v, z, _ = model(x_t.repeat(K, 1, 1, 1), t, *asked, z, known)             # (K B, C, H, W)
+        v = sum(weight * part for weight, part in zip(weights, v.float().chunk(K)))
+        slope, step = v, after - now                                             # (B, C, H, W)
+        if solver == "ab2" and last is not None:            # the line through the last two, midway
+            slope = v + (v - last[0]) * step / last[1] / 2                       # (B, C, H, W)
+        x_t, last = x_t + step * slope, (v, step)                                # (B, C, H, W)
         if progress is not None:
             progress()
     return x_t

@@ -4,14 +4,12 @@
     pip install --no-deps miro-t2i==0.1.4 && pip install einops      # then it runs beside ours
 
 Random weights, the same in both codes. Each measurement is a process of its own, alternating, so
-that neither code lives on the other's memory; ours sets what train.py sets (keep_freed_memory),
-and "lean" is ours with --recompute, which leaves that to the C library.
+that neither code lives on the other's memory; ours sets what train.py sets (keep_freed_memory).
 A sampling step is both branches of guidance for `--pictures` pictures; a training step is the pass
 of self-conditioning, for all samples, then forward and backward, and with --whole also clipping,
 LAMB and EMA. Not collected by pytest.
 """
 import argparse
-import copy
 import json
 import resource
 import subprocess
@@ -21,40 +19,27 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import evaluate
 import flow
 import reference
-import sample
 import train
-from model import PRESETS, Config, TextRIN
+from data import best_device
+from model import PRESETS, RELEASE_REWARDS, Config, build
 
-REWARDS = ("clip", "aesthetic", "image_reward", "pick", "hpsv2", "vqa", "sci")
+PAPER = Config(**PRESETS["paper"], rewards=tuple(RELEASE_REWARDS))
 TOKENS = 77
 
 
-def network(device) -> TextRIN:
-    """The released network with weights of a fixed seed."""
-    torch.manual_seed(0)
-    return TextRIN(Config(**PRESETS["paper"] | dict(rewards=REWARDS))).to(device)
-
-
-def their_network(device) -> tuple:
+def their_network(device) -> list:
     """miro-t2i's classes at the released size: network and preconditioning."""
-    from miro.models.networks.rin import CADRINTextCond
-    from miro.models.preconditioning import FlowPrecond
-    torch.manual_seed(0)
-    fixed = dict(use_cond_rin_block=True, concat_cond_token_to_latents=False,
-                 use_self_conditioning=True, coherence_keys=list(reference.KEYS))
-    return (CADRINTextCond(**reference.RELEASED, **fixed).to(device),
-            FlowPrecond(num_latents=256, latents_dim=1024).to(device))
+    config = reference.config_of(reference.RELEASED, reference.KEYS)
+    return [part.to(device) for part in reference.parts_of(config).values()]
 
 
 def given(B: int, device) -> dict:
     """Inputs of reference.py at the released size, all text tokens real."""
-    tensors = reference.inputs(reference.RELEASED, len(REWARDS), B, TOKENS)
+    tensors = reference.inputs(reference.RELEASED, len(PAPER.rewards), B, TOKENS)
     tensors["text_mask"][:] = True
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -83,29 +68,17 @@ def measure_sampling(code: str, B: int, times: int, device, dtype) -> tuple:
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if code == "ours":
         train.keep_freed_memory()
-        net = network(device).eval()
+        net = build(PAPER).to(device).eval()
+        branches = flow.branches(i["s"], 0 * i["s"], i["text"], i["text_mask"], w)
 
         def run(steps):
             with cast:
-                flow.sample(net, i["eps"], i["s"], torch.zeros_like(i["s"]), i["text"],
-                            i["text_mask"], w=w, steps=steps, solver="euler")
+                flow.sample(net, i["eps"], branches, steps)
     else:
-        from miro.models.sampler import flow_euler_sampler
-        from miro.models.scheduler import LinearScheduler
         net, around = (part.eval() for part in their_network(device))
-        names = [f"{key}_coherence" for key in reference.KEYS]
 
-        @torch.no_grad()
         def run(steps):
-            uncond = dict(text_tokens_embeddings=i["text"].clone(),
-                          text_tokens_mask=i["text_mask"].clone())
-            flow_euler_sampler(
-                lambda b: around(net, b), reference.batch_of(i, reference.KEYS, i["eps"], None),
-                num_steps=steps, cfg_rate=w, conditioning_keys=["text_tokens"],
-                uncond_tokens=uncond, coherence_keys=names,
-                scheduler=LinearScheduler(start=1, end=0, clip_min=1e-9),
-                coherence_values=dict.fromkeys(names, 1.0),
-                uncoherence_values=dict.fromkeys(names, 0.0), sampling_dtype=dtype)
+            reference.their_sampler(net, around, i, reference.KEYS, i["text"], steps, w, dtype)
     one, _ = clock(lambda: run(1), 1, device)
     many, peak = clock(lambda: run(1 + times), 1, device)
     return (many - one) / times, peak
@@ -113,22 +86,19 @@ def measure_sampling(code: str, B: int, times: int, device, dtype) -> tuple:
 
 def measure_training(code: str, B: int, times: int, device, dtype, args) -> tuple:
     """One training step of B samples, all self-conditioned."""
-    recipe = train.read_args(["--preset", "paper", "--batch", str(B)])
+    recipe, _ = train.read_args(["--preset", "paper", "--batch", str(B)])
     i, coin = given(B, device), torch.ones(B, dtype=torch.bool, device=device)
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if code != "theirs":
-        net = network(device)
-        if code == "lean":
-            train.recompute(net)
-        else:
-            train.keep_freed_memory()
-        model, parameters = torch.compile(net) if args.compile else net, list(net.parameters())
+        net = build(PAPER).to(device)
+        train.keep_freed_memory()
+        model = torch.compile(net) if args.compile else net
+        parameters = list(net.parameters())
 
         def loss():
             return flow.loss(model, i["x_0"], i["eps"], i["t"], i["s"], i["text"], i["text_mask"],
                              coin)[1].mean()
-        if args.whole:
-            [optimizer] = train.optimizers_for(net, recipe)
+        [optimizer] = train.optimizers_for(net, recipe)
     else:
         from miro.utils.optimizers import Lamb
         net, around = their_network(device)
@@ -137,10 +107,10 @@ def measure_training(code: str, B: int, times: int, device, dtype, args) -> tupl
 
         def loss():
             return reference.their_loss(model, around, i, reference.KEYS, coin).mean()
-        if args.whole:
-            optimizer = Lamb([dict(params=parameters, weight_decay=0.01, layer_adaptation=True)],
-                             lr=1e-3, decouple=False)
-    average = copy.deepcopy(net).requires_grad_(False) if args.whole else None
+        optimizer = Lamb([dict(params=parameters, weight_decay=0.01, layer_adaptation=True)],
+                         lr=1e-3, decouple=False)
+    weights = [p for p in net.parameters() if p.requires_grad]      # theirs has masks among them
+    average = [p.detach().clone() for p in weights] if args.whole else []
 
     def step():
         with cast:
@@ -150,7 +120,7 @@ def measure_training(code: str, B: int, times: int, device, dtype, args) -> tupl
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1e-4)
+                torch._foreach_lerp_(average, weights, 1e-4)
         for p in parameters:
             p.grad = None
     return clock(step, times, device)
@@ -166,12 +136,6 @@ def matrix_peak(device, dtype) -> float:
     return best
 
 
-def forward_flops() -> float:
-    """Floating-point operations of one forward pass of one picture, 77 tokens (of ours in sampling
-    4 % less is computed: text and reward tokens once a picture, not counted off here)."""
-    return evaluate.forward_cost(Config(**PRESETS["paper"] | dict(rewards=REWARDS)), TOKENS)[1]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=1, help="of a sampling step")
@@ -183,35 +147,32 @@ def main():
     parser.add_argument("--only", choices=("sampling", "training"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)      # one measurement, as JSON
     args = parser.parse_args()
-    device = sample.best_device()
+    device = best_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(0)
     if args.one:
         code, what = args.one
         if what == "peak":
-            found = (matrix_peak(device, dtype), 0)
+            measured = (matrix_peak(device, dtype), 0)
         elif what == "sampling":
-            found = measure_sampling(code, args.pictures, args.times, device, dtype)
+            measured = measure_sampling(code, args.pictures, args.times, device, dtype)
         else:
-            found = measure_training(code, args.batch, args.times, device, dtype, args)
-        return print("found", json.dumps(found))
+            measured = measure_training(code, args.batch, args.times, device, dtype, args)
+        return print(json.dumps(measured))
 
     def one(code: str, what: str) -> list:
-        call = [sys.executable, __file__, "--one", code, what, "--pictures", str(args.pictures),
-                "--batch", str(args.batch), "--times", str(args.times)]
-        done = subprocess.run(call + ["--compile"] * args.compile + ["--whole"] * args.whole,
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-2000:])
-        return json.loads(done.stdout.splitlines()[-1].removeprefix("found "))
+        call = [sys.executable, *sys.argv, "--one", code, what]
+        done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
 
-    codes = dict(sampling=["ours"], training=["ours", "lean"])
+    codes = dict(sampling=["ours"], training=["ours"])
     try:
         import miro.models.loss  # noqa: F401
         codes = {what: ["theirs", *ours] for what, ours in codes.items()}
     except ImportError:
         print("miro-t2i is not installed: ours alone")
-    forward, peak = forward_flops(), one("ours", "peak")[0]
+    forward, peak = evaluate.forward_cost(PAPER, TOKENS)[1], one("ours", "peak")[0]
     print(f"{device}, {dtype}: {peak / 1e9:,.0f} GFLOP/s in the fastest matrix product; "
           f"{forward / 1e9:.1f} GFLOP a forward pass")
     for what, B, work in (("sampling", args.pictures, 2 * args.pictures * forward),
@@ -220,14 +181,14 @@ def main():
             best = {}
             for _ in range(args.rounds):
                 for code in codes[what]:
-                    found = one(code, what)
-                    best[code] = list(map(min, best.get(code, found), found))
+                    measured = one(code, what)
+                    best[code] = list(map(min, best.get(code, measured), measured))
             for code, (seconds, gigabytes) in best.items():
                 print(f"{what:9} {code:7} {seconds:9.4f} s a step of {B}, {gigabytes:6.2f} GB, "
                       f"{B / seconds:9.2f} pictures/s, {work / seconds / peak:6.1%} of the peak")
-            for code in codes[what][1:] if "theirs" in best else ():
-                time_ratio, memory = (best[code][k] / best["theirs"][k] for k in (0, 1))
-                print(f"{what:9} {code} / theirs: time {time_ratio:.3f}, memory {memory:.3f}")
+                if "theirs" in best:
+                    seconds, gigabytes = seconds / best["theirs"][0], gigabytes / best["theirs"][1]
+                    print(f"{'':17} of theirs: time {seconds:.3f}, memory {gigabytes:.3f}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 torch.backends.mps.is_available = functools.cache(lambda: False)        # nor an Apple GPU
 
-TINY = ("--size 16 --patch 4 --latents 8 --latent-dim 32 --data-dim 32 --blocks 1 --layers 1 "
+TINY = ("--patch 4 --latents 8 --latent-dim 32 --data-dim 32 --blocks 1 --layers 1 "
         "--batch 8 --val 8 --bins 8 --warmup 2 --optimizer muon --lr 2e-3 --matrix-lr 1e-2 "
         "--self-condition 0.5 --text-dropout 0.1 --reward-dropout 0.1").split()
 
@@ -98,15 +98,15 @@ def child():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """300 pictures of the embedded world, scored and binned. Copy it to change it."""
+    """300 pictures of the embedded world in 3 shards, scored and binned. Copy it to change it."""
     import binning
     import rewards
     import shapes
-    from data import Pictures
+    from data import Data
     folder = tmp_path_factory.mktemp("world")
-    shapes.write_world(folder, 300, seed=0, size=16)
-    rewards.score_dataset(Pictures(folder, 16), rewards.ANALYTIC)
-    binning.bin_dataset(Pictures(folder, 16), rewards.ANALYTIC, 8)
+    shapes.write_world(folder, 300, seed=0, size=16, shard=100)
+    rewards.score_dataset(Data(folder), shapes.ANALYTIC)
+    binning.bin_dataset(folder, shapes.ANALYTIC, 8)
     return folder
 
 

@@ -3,6 +3,7 @@
     python tests/small.py --write MODELS                                # writes them
     python tests/small.py DATA --rewards all --models MODELS ...        # is rewards.py, on them
 """
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import rewards
+from data import run
 
 
 def write_all(folder: Path) -> None:
@@ -33,22 +35,20 @@ def write_all(folder: Path) -> None:
 
 
 def shrink() -> None:
-    """The sizes that stand in rewards.py and in no file, as the tests of each network have them."""
+    """The sizes and the hash that stand in rewards.py and in no file, as the tests have them."""
     import test_jina
     import test_networks
     import test_vqa
-    rewards.HPSv2.ARCHITECTURE = test_networks.ARCHITECTURE
+    rewards.HPSv2.MODEL = "small"
     rewards.ImageReward.VISION = test_vqa.SmallReward.VISION
     rewards.ImageReward.TEXT = test_vqa.SmallReward.TEXT
+    rewards.JinaCLIP.IMAGE = test_jina.SmallJina.IMAGE
     rewards.JinaCLIP.TEXT = test_jina.SmallJina.TEXT
+    rewards.Aesthetic.SHA256 = hashlib.sha256(test_networks.head_file()).hexdigest()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--write":
         sys.exit(write_all(Path(sys.argv[2])))
     shrink()
-    try:
-        rewards.main()
-    except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run(rewards.main)

@@ -1,7 +1,7 @@
 """What no change of structure may move: pictures of the shipped checkpoint, velocities of the
 release's small network, losses of the first steps on fixed batches.
 
-`python tests/test_record.py` writes tests/record.safetensors anew: only where numbers move on purpose.
+`python tests/test_record.py` writes tests/record.safetensors anew: where numbers move on purpose.
 """
 import sys
 from pathlib import Path
@@ -28,8 +28,7 @@ def pictures() -> torch.Tensor:
     model = sample.load(ROOT / "assets" / "shapes", CPU)
     s = torch.tensor([sample.read_targets(targets.split(), model.rewards, 1.0, "--targets")
                       for _, targets in ASKED])
-    return sample.generate(model, [prompt for prompt, _ in ASKED], s, torch.zeros_like(s),
-                           list(range(len(ASKED))))
+    return sample.pictures(model, [prompt for prompt, _ in ASKED], s)
 
 
 def velocities() -> dict[str, torch.Tensor]:
@@ -45,12 +44,12 @@ def velocities() -> dict[str, torch.Tensor]:
 
 def losses(steps: int = 20) -> torch.Tensor:
     """The mean loss of each step of the `shapes` recipe at toy size, on batches drawn here."""
-    args = train.read_args(["--batch", "8", "--self-condition", "0.5", "--warmup", "2"])
+    args, _ = train.read_args(["--batch", "8", "--self-condition", "0.5", "--warmup", "2"])
     sizes = PRESETS["shapes"] | dict(size=12, latents=8, latent_dim=32, data_dim=32, blocks=1)
     torch.manual_seed(0)
     net = TextRIN(Config(**sizes, rewards=("alignment", "contrast")))
-    run = train.Run(net, TextRIN(net.config), net, train.optimizers_for(net, args),
-                    torch.amp.GradScaler("cpu", enabled=False), {}, 0)
+    run = train.State(net, TextRIN(net.config), net, train.optimizers_for(net, args),
+                      torch.amp.GradScaler("cpu", enabled=False), {}, 0)
     numbers, found = torch.Generator().manual_seed(0), []
     for step in range(steps):
         normal = lambda *shape: torch.randn(*shape, generator=numbers)
