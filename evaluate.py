@@ -423,7 +423,8 @@ def geneval_score(folder: Path, models: str | None) -> str:
         lines.append(verdict(str(path.relative_to(folder)), wanted, keep(detector(image), tag),
                              partial(colors, image)))
     write_lines(folder / "results.jsonl", lines)
-    return summary(lines, f"GenEval (553 prompts, 4 pictures each) by {Detector.SOURCE}")[0]
+    partial_run = "" if len(lines) == 553 * 4 else "; PARTIAL: it is 553 prompts, 4 pictures each"
+    return summary(lines, f"GenEval by {Detector.SOURCE}{partial_run}")[0]
 
 
 # ---- GenEval's rules, for detections of any kind -------------------------------------------------

@@ -395,6 +395,7 @@ def describe(args: Args, network: dict, data: Data, bins, encoder) -> dict:
     mean, std = data.mean_std()                                                  # (C,) each
     if data.info.get("scaling_factor") == VAE.SCALING_FACTOR:        # SDXL's: as the release
         mean, std = np.array(VAE.MEAN), np.array(VAE.STD)
+    std = np.where(std > 0, std, 1.0)                    # a channel that is the same everywhere
     names = list(bins.names) if bins else []
     network = network | dict(rewards=names, channels=data.channels, size=data.side,
                              text_dim=encoder.dim)
