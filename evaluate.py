@@ -49,7 +49,7 @@ def measure(model: sample.Model, wanted: Sequence[dict], seeds: Sequence[int],
     verdicts. What `targets` does not name is asked for at 1; None: the checkpoint's own."""
     texts = [want["prompt"] for want in wanted]
     total = -(-len(texts) // 64) * (steps or model.config["sampler"]["steps"])
-    with tqdm(total=total, desc=" ".join(targets) or "all=1", unit="step", leave=False) as bar:
+    with tqdm(total=total, desc=" ".join(targets) or "all=1", leave=False, disable=None) as bar:
         pictures = sample.pictures(model, texts, ["all=1", *targets], seeds=seeds, steps=steps,
                                    guidance=guidance, progress=bar.update)
     lines = verdicts(pictures, wanted)
@@ -221,7 +221,8 @@ def control(model: sample.Model, folder: Path, n: int, columns: int) -> str:
     levels, tables = np.linspace(0, 1, columns).round(4), []
     for others in ("1", "0.5"):
         sweeps = np.zeros((len(names), columns, len(names)))                     # (R, levels, R)
-        for k, column in tqdm([*np.ndindex(len(names), columns)], desc=f"others={others}"):
+        places = [*np.ndindex(len(names), columns)]
+        for k, column in tqdm(places, desc=f"others={others}", disable=None):
             targets = [f"all={others}", f"{names[k]}={levels[column]:g}"]
             scores = named(measured(model, folder, n, 1, targets).mean(0))
             sweeps[k, column] = [scores[name] for name in names] / model.bins.std
@@ -304,7 +305,7 @@ def gather(groups: dict[str, dict[int, Path]], out: Path, args, n: int, each: in
     `each` pictures of each of n prompts."""
     found = {label: [] for label in groups}
     for label, group in groups.items():
-        for folder in tqdm(group.values(), desc=label, unit="run", leave=False):
+        for folder in tqdm(group.values(), desc=label, unit="run", leave=False, disable=None):
             places = sorted(folder.glob("step-*")) if kept else [folder]
             models = [sample.load(place) for place in places]
             asked = (args.targets, args.guidance) if models[0].rewards == ANALYTIC else ()
@@ -387,7 +388,7 @@ def generate(args, wanted: Sequence[dict], out: str | Path) -> Path:
             lines.append({"file_name": name, "text": want["prompt"]})
             jobs += [] if (out / name).exists() else [(k, i, out / name)]
     write_lines(out / "metadata.jsonl", lines)                       # with which data.py reads all
-    for first in tqdm(range(0, len(jobs), args.batch), desc="generating", unit="batch"):
+    for first in tqdm(range(0, len(jobs), args.batch), desc="generating", disable=None):
         part = jobs[first:first + args.batch]
         seeds = [(args.seed * len(wanted) + k) * args.samples + i for k, i, _ in part]
         pictures = sample.pictures(
@@ -413,7 +414,7 @@ def geneval_score(folder: Path, models: str | None) -> str:
         raise UserError(f"{folder} has no NNNNN/samples/0000.png beside NNNNN/metadata.jsonl: make "
                         f"pictures with python evaluate.py geneval generate CKPT {folder}")
     detector, colors = Detector(models, best_device()), Colors(models, best_device())
-    for path in tqdm(pictures, desc="judging", unit="picture"):
+    for path in tqdm(pictures, desc="judging", unit="picture", disable=None):
         wanted = read_json(path.parents[1] / "metadata.jsonl")
         try:
             image, tag = to_rgb(decode(path.read_bytes())), wanted["tag"]

@@ -130,15 +130,15 @@ def main(argv=None):
 
     losses, began = [], time.time()
     bar = tqdm(total=args.steps, initial=state.start, desc="training", unit="step",
-               disable=rank > 0)
+               disable=True if rank else None)                 # None: where there is no terminal
     for step, batch in enumerate(batches.loader(state.start), state.start):
         try:
             batch = on_device(batch, device)
             mse, norm = train_step(state, args, step, batch, ranks, dtype)
         except FloatingPointError as error:
-            raise UserError(f"the gradient is not finite at step {step}; the last good checkpoint is "
-                            f"{max(out.glob('state-*.pt'), default='none')}: lower --lr or change "
-                            "--precision") from error
+            newest = max(out.glob("state-*.pt"), default="none")
+            raise UserError(f"the gradient is not finite at step {step}; the last good checkpoint "
+                            f"is {newest}: lower --lr or change --precision") from error
         done = step + 1
         bar.update()
         losses.append((mse, batch[2]))
@@ -250,7 +250,7 @@ class Batches(torch.utils.data.Dataset):
         return kept
 
     def digest(self) -> str:
-        """16 hex digits of the samples and of those that are left out: a run resumes on the same."""
+        """16 hex digits of the samples and of those left out: a run resumes on the same."""
         found = hashlib.sha256(" ".join(shard.digest for shard in self.data.shards).encode())
         for rows in self.without:
             found.update(rows.tobytes() + b" ")

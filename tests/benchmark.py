@@ -6,10 +6,10 @@
 Random weights, the same in both codes. Each measurement is a process of its own, alternating, so
 that neither code lives on the other's memory; ours sets what train.py sets (keep_freed_memory).
 A sampling step is both branches of guidance for `--pictures` pictures; a training step is the pass
-of self-conditioning, for all samples, then forward and backward, and with --whole also clipping,
-LAMB and EMA. Not collected by pytest.
+of self-conditioning, for all samples, then forward and backward. Not collected by pytest.
 """
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
@@ -31,10 +31,13 @@ PAPER = Config(**PRESETS["paper"], rewards=tuple(RELEASE_REWARDS))
 TOKENS = 77
 
 
-def their_network(device) -> list:
-    """miro-t2i's classes at the released size: network and preconditioning."""
+def parts_of(code: str, device) -> list:
+    """Our network, or miro-t2i's and its preconditioning, at the released size."""
+    if code == "ours":
+        train.keep_freed_memory()
+        return [build(PAPER).to(device)]
     config = reference.config_of(reference.RELEASED, reference.KEYS)
-    return [part.to(device) for part in reference.parts_of(config).values()]
+    return [*reference.parts_of(config).to(device).values()]
 
 
 def given(B: int, device) -> dict:
@@ -46,8 +49,7 @@ def given(B: int, device) -> dict:
 
 def clock(step, times: int, device) -> tuple:
     """(seconds of the fastest call after a first one, peak GB while running)."""
-    sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type,
-                                                                              lambda: None)
+    sync = getattr(torch, device.type).synchronize
     step()
     best = float("inf")
     for _ in range(times):
@@ -64,63 +66,38 @@ def clock(step, times: int, device) -> tuple:
 def measure_sampling(code: str, B: int, times: int, device, dtype) -> tuple:
     """One guided step for B pictures: the difference of a run of 1 and of 1 + `times` steps, so
     that what a picture costs once is not counted for either code."""
-    i, w = given(B, device), 7.0
+    i, w, parts = given(B, device), 7.0, [part.eval() for part in parts_of(code, device)]
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if code == "ours":
-        train.keep_freed_memory()
-        net = build(PAPER).to(device).eval()
-        branches = flow.branches(i["s"], 0 * i["s"], i["text"], i["text_mask"], w)
+    branches = flow.branches(i["s"], 0 * i["s"], i["text"], i["text_mask"], w)
 
-        def run(steps):
+    def run(steps):
+        if code == "ours":
             with cast:
-                flow.sample(net, i["eps"], branches, steps)
-    else:
-        net, around = (part.eval() for part in their_network(device))
+                flow.sample(*parts, i["eps"], branches, steps)
+        else:
+            reference.their_sampler(*parts, i, reference.KEYS, i["text"], steps, w, dtype)
 
-        def run(steps):
-            reference.their_sampler(net, around, i, reference.KEYS, i["text"], steps, w, dtype)
     one, _ = clock(lambda: run(1), 1, device)
     many, peak = clock(lambda: run(1 + times), 1, device)
     return (many - one) / times, peak
 
 
-def measure_training(code: str, B: int, times: int, device, dtype, args) -> tuple:
+def measure_training(code: str, B: int, times: int, device, dtype, compiled: bool) -> tuple:
     """One training step of B samples, all self-conditioned."""
-    recipe, _ = train.read_args(["--preset", "paper", "--batch", str(B)])
     i, coin = given(B, device), torch.ones(B, dtype=torch.bool, device=device)
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if code != "theirs":
-        net = build(PAPER).to(device)
-        train.keep_freed_memory()
-        model = torch.compile(net) if args.compile else net
-        parameters = list(net.parameters())
-
-        def loss():
-            return flow.loss(model, i["x_0"], i["eps"], i["t"], i["s"], i["text"], i["text_mask"],
-                             coin)[1].mean()
-        [optimizer] = train.optimizers_for(net, recipe)
-    else:
-        from miro.utils.optimizers import Lamb
-        net, around = their_network(device)
-        model = torch.compile(net) if args.compile else net
-        parameters = [*net.parameters(), *around.parameters()]
-
-        def loss():
-            return reference.their_loss(model, around, i, reference.KEYS, coin).mean()
-        optimizer = Lamb([dict(params=parameters, weight_decay=0.01, layer_adaptation=True)],
-                         lr=1e-3, decouple=False)
-    weights = [p for p in net.parameters() if p.requires_grad]      # theirs has masks among them
-    average = [p.detach().clone() for p in weights] if args.whole else []
+    parts = parts_of(code, device)
+    net = torch.compile(parts[0]) if compiled else parts[0]
+    parameters = [p for part in parts for p in part.parameters()]
 
     def step():
         with cast:
-            value = loss()
-        value.backward()
-        if args.whole:
-            torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(average, weights, 1e-4)
+            if code == "ours":
+                loss = flow.loss(net, i["x_0"], i["eps"], i["t"], i["s"], i["text"],
+                                 i["text_mask"], coin)[1]
+            else:
+                loss = reference.their_loss(net, parts[1], i, reference.KEYS, coin)
+        loss.mean().backward()
         for p in parameters:
             p.grad = None
     return clock(step, times, device)
@@ -143,8 +120,6 @@ def main():
     parser.add_argument("--times", type=int, default=3, help="measured steps; the fastest counts")
     parser.add_argument("--rounds", type=int, default=1, help="of both codes, alternating")
     parser.add_argument("--compile", action="store_true", help="torch.compile in training")
-    parser.add_argument("--whole", action="store_true", help="training with LAMB and EMA")
-    parser.add_argument("--only", choices=("sampling", "training"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)      # one measurement, as JSON
     args = parser.parse_args()
     device = best_device()
@@ -158,37 +133,30 @@ def main():
         elif what == "sampling":
             measured = measure_sampling(code, args.pictures, args.times, device, dtype)
         else:
-            measured = measure_training(code, args.batch, args.times, device, dtype, args)
+            measured = measure_training(code, args.batch, args.times, device, dtype, args.compile)
         return print(json.dumps(measured))
 
     def one(code: str, what: str) -> list:
-        call = [sys.executable, *sys.argv, "--one", code, what]
-        done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(done.stdout.splitlines()[-1])
+        said = subprocess.check_output([sys.executable, *sys.argv, "--one", code, what], text=True)
+        return json.loads(said.splitlines()[-1])
 
-    codes = dict(sampling=["ours"], training=["ours"])
-    try:
-        import miro.models.loss  # noqa: F401
-        codes = {what: ["theirs", *ours] for what, ours in codes.items()}
-    except ImportError:
-        print("miro-t2i is not installed: ours alone")
+    codes = ["theirs", "ours"] if importlib.util.find_spec("miro") else ["ours"]
     forward, peak = evaluate.forward_cost(PAPER, TOKENS)[1], one("ours", "peak")[0]
     print(f"{device}, {dtype}: {peak / 1e9:,.0f} GFLOP/s in the fastest matrix product; "
           f"{forward / 1e9:.1f} GFLOP a forward pass")
     for what, B, work in (("sampling", args.pictures, 2 * args.pictures * forward),
                           ("training", args.batch, 4 * args.batch * forward)):
-        if args.only in (None, what):
-            best = {}
-            for _ in range(args.rounds):
-                for code in codes[what]:
-                    measured = one(code, what)
-                    best[code] = list(map(min, best.get(code, measured), measured))
-            for code, (seconds, gigabytes) in best.items():
-                print(f"{what:9} {code:7} {seconds:9.4f} s a step of {B}, {gigabytes:6.2f} GB, "
-                      f"{B / seconds:9.2f} pictures/s, {work / seconds / peak:6.1%} of the peak")
-                if "theirs" in best:
-                    seconds, gigabytes = seconds / best["theirs"][0], gigabytes / best["theirs"][1]
-                    print(f"{'':17} of theirs: time {seconds:.3f}, memory {gigabytes:.3f}")
+        best = {}
+        for _ in range(args.rounds):
+            for code in codes:
+                measured = one(code, what)
+                best[code] = list(map(min, best.get(code, measured), measured))
+        for code, (seconds, gigabytes) in best.items():
+            print(f"{what:9} {code:7} {seconds:9.4f} s a step of {B}, {gigabytes:6.2f} GB, "
+                  f"{B / seconds:9.2f} pictures/s, {work / seconds / peak:6.1%} of the peak")
+            if "theirs" in best:
+                seconds, gigabytes = seconds / best["theirs"][0], gigabytes / best["theirs"][1]
+                print(f"{'':17} of theirs: time {seconds:.3f}, memory {gigabytes:.3f}")
 
 
 if __name__ == "__main__":

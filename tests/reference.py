@@ -44,12 +44,12 @@ PICTURES = (("a red circle", {}, 0, 50, 7.0),                     # prompt, targ
             ("a photo of the red circle and the blue square", {"vqa_score": 0.0}, 5, 7, 0.0))
 
 
-def parts_of(config: dict) -> dict:
+def parts_of(config: dict) -> torch.nn.ModuleDict:
     """miro-t2i's network and preconditioning, of a config.json."""
     from miro.models.networks.rin import CADRINTextCond
     from miro.models.preconditioning import FlowPrecond
-    return dict(network=CADRINTextCond(**config["network"]),
-                preconditioning=FlowPrecond(**config["preconditioning"]))
+    return torch.nn.ModuleDict(dict(network=CADRINTextCond(**config["network"]),
+                                    preconditioning=FlowPrecond(**config["preconditioning"])))
 
 
 def config_of(size: dict, keys) -> dict:
@@ -67,13 +67,12 @@ def config_of(size: dict, keys) -> dict:
 
 
 def theirs(folder: Path) -> tuple:
-    """The network and the preconditioning of miro-t2i, with the weights of a folder; its config."""
+    """The parts of miro-t2i with the weights of a folder, and its network's configuration."""
     config = json.loads((folder / "config.json").read_text())
-    weights, parts = load_file(folder / "model.safetensors"), parts_of(config)
-    for name, part in parts.items():
-        part.eval().load_state_dict({key.removeprefix(f"{name}."): value for key, value
-                                     in weights.items() if key.startswith(f"{name}.")})
-    return *parts.values(), config
+    parts = parts_of(config).eval()
+    weights = load_file(folder / "model.safetensors")
+    parts.load_state_dict({k: x for k, x in weights.items() if k.partition(".")[0] in parts})
+    return parts, config["network"]
 
 
 def write_folder(folder: Path, size: dict, keys, seed: int = 0) -> None:
@@ -81,11 +80,9 @@ def write_folder(folder: Path, size: dict, keys, seed: int = 0) -> None:
     from miro.models.preprocessing import PrecomputedSDLatentPreconditioning
     torch.manual_seed(seed)
     config = config_of(size, keys)
-    parts = parts_of(config)
+    weights = parts_of(config).state_dict()
     with contextlib.redirect_stdout(io.StringIO()):
         norms = PrecomputedSDLatentPreconditioning(**config["data_preprocessing"])
-    weights = {f"{name}.{key}": tensor for name, part in parts.items()
-               for key, tensor in part.state_dict().items()}
     for name, tensor in weights.items():      # nothing stays at a start such as 0, 1 or 0.02
         if tensor.is_floating_point() and not name.endswith(("freqs", "phases")):
             std = 0.3 if tensor.ndim < 2 else min(0.3, 1.5 * tensor.shape[-1] ** -0.5)
@@ -126,18 +123,40 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def compare_network(folder: Path) -> dict:
-    """v and z with and without earlier latents, and u: {name: difference}."""
-    network, around, config = theirs(folder)
-    keys, ours = config["coherence_keys"], sample.load(folder, "cpu").net
-    given, found = inputs(config["network"], len(keys)), {}
-    x_t = flow.path(given["x_0"], given["eps"], given["t"])
-    for name, z in (("", None), (" from latents", given["z"])):
-        v, latents, u = ours(x_t, given["t"], given["s"], given["text"], given["text_mask"], z)
-        v_there, z_there, u_there = around(network, batch_of(given, keys, x_t, z),
-                                           return_logvar=True)
-        found |= {f"v{name}": apart(v, v_there), f"z{name}": apart(latents, z_there)}
-    return found | {"u": apart(u, u_there.flatten())}
+def their_outputs(folder: Path) -> dict:
+    """What miro-t2i makes: v, z and u of a first step, and of a next one, from earlier latents; x_0
+    after 50 guided steps, of padded text against an empty negative; and of what it makes them."""
+    parts, config = theirs(folder)
+    keys, found = config["coherence_keys"], {}
+    given, start = inputs(config, len(keys)), inputs(config, len(keys), B=2)
+    given["x_t"] = flow.path(given["x_0"], given["eps"], given["t"])
+    for name, z in (("first", None), ("next", given["z"])):
+        batch = batch_of(given, keys, given["x_t"], z)
+        v, latents, u = parts["preconditioning"](parts["network"], batch, return_logvar=True)
+        found |= {f"{name}.v": v, f"{name}.z": latents, f"{name}.u": u.flatten()}
+    start["s"][:] = start["s"][:1]
+    start["empty"] = torch.randn(1, config["label_dim"], generator=torch.Generator().manual_seed(3))
+    text_neg = start["empty"].expand(2, 1, -1)                                   # (B, 1, E)
+    found["sampled"] = their_sampler(*parts.values(), start, keys, text_neg, 50, 7.0)
+    found |= {f"sampled.{name}": tensor for name, tensor in start.items()}
+    return found | {f"given.{name}": tensor for name, tensor in given.items()}
+
+
+@torch.no_grad()
+def compare_outputs(folder: Path) -> dict:
+    """The same of our code: {name: difference}."""
+    there, net, here = their_outputs(folder), sample.load(folder, "cpu").net, {}
+    given, start = ({name.removeprefix(kind): tensor for name, tensor in there.items()
+                     if name.startswith(kind)} for kind in ("given.", "sampled."))
+    for name, z in (("first", None), ("next", given["z"])):
+        outputs = net(given["x_t"], given["t"], given["s"], given["text"], given["text_mask"], z)
+        here |= {f"{name}.{part}": x for part, x in zip("vzu", outputs)}
+    text_neg, mask_neg = torch.zeros_like(start["text"]), torch.zeros_like(start["text_mask"])
+    text_neg[:, :1], mask_neg[:, :1] = start["empty"], True
+    branches = flow.branches(start["s"], torch.zeros_like(start["s"]), start["text"],
+                             start["text_mask"], 7.0, text_neg, mask_neg)
+    here["sampled"] = flow.sample(net, start["eps"], branches, 50)
+    return {name: apart(x, there[name]) for name, x in here.items()}
 
 
 @torch.no_grad()
@@ -157,45 +176,15 @@ def their_sampler(network, around, given: dict, keys, text_neg, steps: int, w: f
         uncoherence_values=dict.fromkeys(names, 0.0))
 
 
-def theirs_sampled(folder: Path, steps: int, w: float, B: int = 2) -> tuple:
-    """(x_0 of miro-t2i's sampler, what both were given): padded text, an empty negative."""
-    network, around, config = theirs(folder)
-    keys = config["coherence_keys"]
-    given = inputs(config["network"], len(keys), B)
-    given["s"][:] = given["s"][:1]
-    given["empty"] = torch.randn(1, given["text"].shape[2],
-                                 generator=torch.Generator().manual_seed(3))      # (1, E)
-    text_neg = given["empty"].expand(B, 1, -1)                                    # (B, 1, E)
-    return their_sampler(network, around, given, keys, text_neg, steps, w), given
-
-
-@torch.no_grad()
-def compare_sampler(folder: Path, steps: int = 50, w: float = 7.0) -> dict:
-    """x_0 after guided Euler steps with self-conditioning."""
-    x_0, given = theirs_sampled(folder, steps, w)
-    text_neg, mask_neg = torch.zeros_like(given["text"]), torch.zeros_like(given["text_mask"])
-    text_neg[:, :1], mask_neg[:, :1] = given["empty"], True
-    branches = flow.branches(given["s"], torch.zeros_like(given["s"]), given["text"],
-                             given["text_mask"], w, text_neg, mask_neg)
-    ours = flow.sample(sample.load(folder, "cpu").net, given["eps"], branches, steps)
-    return {f"x_0 after {steps} steps at w {w:g}": apart(ours, x_0)}
-
-
 def their_loss(network, around, given: dict, keys, coin: torch.Tensor):
     """The release's loss of each sample (B,), with the times, noise and coins that are given."""
     from miro.models.loss import FlowMatchingLoss
     from miro.models.scheduler import LinearScheduler
     scheduler = LinearScheduler(start=1, end=0, clip_min=1e-9)
-
-    class Fixed(FlowMatchingLoss):
-        def _sample_t(self, *_):
-            return given["t"]
-
-        def latent_self_cond(self, preconditioning, network, batch, generator=None):
-            self.self_cond_rate = 1.0                                # all run, the coin chooses
-            return super().latent_self_cond(preconditioning, network, batch) * coin.view(-1, 1, 1)
-
-    loss = Fixed(scheduler, None, do_gradnorm_reweighting=True)
+    loss = FlowMatchingLoss(scheduler, None, do_gradnorm_reweighting=True, self_cond_rate=1.0)
+    condition = loss.latent_self_cond                              # of all, the coin chooses
+    loss._sample_t = lambda *_: given["t"]
+    loss.latent_self_cond = lambda *batch, **_: condition(*batch) * coin.view(-1, 1, 1)
     batch = batch_of(given, keys, given["eps"], torch.zeros_like(given["z"]))
     batch["x_0"] = given["x_0"]
     with mock.patch("torch.randn", lambda *_, **__: given["eps"]):               # its noise, too
@@ -215,8 +204,8 @@ def compare_training(folder: Path, dtype: torch.dtype, steps: int = 10) -> dict:
     """The loss and the gradients of one batch, and the weights after some steps of LAMB. Without
     keys' biases: no softmax sees them, so that their gradient is rounding, which LAMB scales up."""
     from miro.utils.optimizers import Lamb
-    network, around, config = theirs(folder)
-    parts = torch.nn.ModuleDict(dict(network=network, preconditioning=around)).to(dtype)
+    parts, config = theirs(folder)
+    network, around = parts.to(dtype).values()
     net, keys, B = sample.load(folder, "cpu").net.train().to(dtype), config["coherence_keys"], 4
     args, _ = train.read_args(["--preset", "paper"])
     [mine] = train.optimizers_for(net, args)
@@ -233,7 +222,7 @@ def compare_training(folder: Path, dtype: torch.dtype, steps: int = 10) -> dict:
              for name, p in net.named_parameters() if not name.endswith("k_norm.bias")]
     found = {}
     for step in range(steps):
-        given = inputs(config["network"], len(keys), B, seed=10 + step)
+        given = inputs(config, len(keys), B, seed=10 + step)
         given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
         coin = torch.arange(B) != step % B
         x_0, eps, t, s, text, mask, _ = given.values()
@@ -263,33 +252,29 @@ def their_picture(folder: Path, prompt: str, targets: dict, seed: int, steps: in
                     generator=torch.Generator().manual_seed(seed), output_type="numpy")[0]
 
 
-def our_picture(folder: Path, prompt: str, targets: dict, seed: int, steps: int, w: float):
-    """The same by sample.py."""
+def compare_pictures(folder: Path) -> dict:
+    """The pictures of sample.py, in steps of 255."""
     model = sample.load(folder, "cpu", None, str(FIXTURE / "t5"), str(FIXTURE / "vae"))
-    return sample.pictures(model, [prompt], targets, seeds=[seed], guidance=w, steps=steps,
-                           negative_prompt="")[0].permute(1, 2, 0).numpy()
+    found = {}
+    for prompt, targets, seed, steps, w in PICTURES:
+        there = their_picture(folder, prompt, targets, seed, steps, w)
+        here = sample.pictures(model, [prompt], targets, seeds=[seed], guidance=w, steps=steps,
+                               negative_prompt="")[0].permute(1, 2, 0).numpy()
+        off = np.abs(there.astype(int) - here.astype(int)).max()
+        found[f"picture of {prompt!r}, of 255"] = float(off)
+    return found
 
 
 def write_fixture() -> None:
     """tests/release/: a small model in the release's layout, and what miro-t2i makes of it."""
     write_folder(FIXTURE, SMALL, KEYS)
-    network, around, _ = theirs(FIXTURE)
-    given = inputs(SMALL, len(KEYS))
-    x_t = flow.path(given["x_0"], given["eps"], given["t"])
-    expected = {f"given.{name}": tensor for name, tensor in given.items()} | {"given.x_t": x_t}
-    with torch.no_grad():
-        for name, z in (("first", None), ("next", given["z"])):
-            v, latents, u = around(network, batch_of(given, KEYS, x_t, z), return_logvar=True)
-            expected |= {f"{name}.v": v, f"{name}.z": latents, f"{name}.u": u.flatten()}
+    expected, [parts, _] = their_outputs(FIXTURE), theirs(FIXTURE)
     coin = torch.tensor([True, False, True])
-    loss = their_loss(network, around, given, KEYS, coin)
+    loss = their_loss(*parts.values(), inputs(SMALL, len(KEYS)), KEYS, coin)
     loss.mean().backward()
     expected |= {"loss.coin": coin, "loss.weighted": loss.detach()}
-    parts = torch.nn.ModuleDict(dict(network=network, preconditioning=around))
     expected |= {f"gradient.{name}": p.grad.norm() for name, p in parts.named_parameters()
                  if p.grad is not None}
-    expected["sampled"], sampled = theirs_sampled(FIXTURE, 50, 7.0)
-    expected |= {f"sampled.{name}": tensor for name, tensor in sampled.items()}
     for number, picture in enumerate(PICTURES):
         expected[f"picture.{number}"] = torch.from_numpy(their_picture(FIXTURE, *picture).copy())
     save_file({name: tensor.contiguous() for name, tensor in expected.items()},
@@ -307,22 +292,19 @@ def main():
     with tempfile.TemporaryDirectory() as parent:
         for number, keys in enumerate(tqdm(VARIANTS, desc="reward sets", leave=False)):
             write_folder(Path(parent, str(number)), SMALL, keys, seed=number)
-            found = compare_network(Path(parent, str(number)))
+            found = compare_outputs(Path(parent, str(number)))
             assert max(found.values()) < 1e-5, (keys, found)
         print(f"all {len(VARIANTS)} reward sets of the 16 checkpoints (two have all seven) load "
-              "strictly; v, z and u differ by less than 1e-5")
+              "strictly; v, z, u and x_0 after 50 steps differ by less than 1e-5")
         for name, size in (("small", SMALL), ("released", RELEASED))[:1 if args.small else 2]:
             folder = Path(parent, name)
             write_folder(folder, size, KEYS)
-            found = compare_network(folder) | compare_sampler(folder, 50)
+            found = compare_outputs(folder)
             if name == "small":
                 found |= compare_training(folder, torch.float32)
                 with doubled():
                     found |= compare_training(folder, torch.float64)
-                for picture in PICTURES:
-                    pair = (their_picture(folder, *picture), our_picture(folder, *picture))
-                    off = np.abs(pair[0].astype(int) - pair[1].astype(int)).max()
-                    found[f"picture of {picture[0]!r}, of 255"] = float(off)
+                found |= compare_pictures(folder)
             print(f"\n{name} size, random weights, the largest difference over the largest entry")
             for key, value in found.items():
                 print(f"  {key:60} {value:.1e}")

@@ -190,12 +190,14 @@ def child(*words) -> dict:
 
 
 def starts(folder: Path) -> dict:
-    """The slowest and the largest of the starts of all ranks, at once."""
-    command = [sys.executable, __file__, "--start", str(folder), "--rank"]
-    ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True)
-             for rank in range(RANKS)]
-    found = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
-    return {key: max(one[key] for one in found) for key in found[0]}
+    """The slowest and the largest of the starts of all ranks, at once; the quickest of three."""
+    command, tries = [sys.executable, __file__, "--start", str(folder), "--rank"], []
+    for _ in range(3):
+        ranks = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True)
+                 for rank in range(RANKS)]
+        found = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
+        tries.append({key: max(one[key] for one in found) for key in found[0]})
+    return min(tries, key=lambda one: one["seconds"])
 
 
 def main() -> None:

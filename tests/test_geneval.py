@@ -1,7 +1,6 @@
 """evaluate.py geneval: GenEval's rules on detections made by hand, its prompts, its
 judges with small random networks in the files' true layout, and both commands from end to end."""
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run, sentences
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import evaluate
 from data import UserError
@@ -41,7 +40,6 @@ def one(name="dog", count=1, **more) -> dict:
 def test_enough_objects_are_correct_and_more_of_them_still_are_up_to_what_is_excluded():
     wanted = {"include": [one(), one("cat", 2)]}
     assert verdict(wanted, dog=[at(0, 0)] * 3, cat=[at(5, 5)] * 2) == (True, "")
-    assert verdict(wanted, dog=[at(0, 0)], cat=[at(5, 5)]) == (False, "expected cat>=2, found 1")
     assert verdict(wanted, cat=[at(5, 5)] * 2) == (False, "expected dog>=1, found 0")
     wanted = {"include": [one(count=2)], "exclude": [one(count=3)]}
     assert verdict(wanted, dog=[at(0, 0)] * 2)[0]
@@ -49,13 +47,8 @@ def test_enough_objects_are_correct_and_more_of_them_still_are_up_to_what_is_exc
 
 
 def test_the_first_objects_alone_have_their_colours_looked_at():
-    wanted, asked = {"include": [one(count=1, color="red")]}, []
-
-    def colors_of(group, name):
-        asked.append((len(group), name))
-        return ["red"] * len(group)
-
-    assert judge(wanted, {"dog": [at(0, 0)] * 4}, colors_of)[0] and asked == [(1, "dog")]
+    wanted = {"include": [one(count=1, color="red")]}
+    assert verdict(wanted, "red blue", dog=[at(0, 0)] * 2)[0]
     assert not verdict(wanted, "blue red", dog=[at(0, 0)] * 2)[0]      # the second is not the first
     both = {"include": [one(count=2, color="red")]}
     assert not verdict(both, "red blue", dog=[at(0, 0)] * 2)[0]
@@ -69,8 +62,6 @@ def test_a_position_is_seen_from_the_group_of_its_number():
     assert not right and "expected dog left of target" in reason
     right, reason = verdict(wanted, dog=[at(0, 0)])
     assert not right and "no target for dog to be left of" in reason
-    right, reason = verdict(wanted, "blue", cat=[at(50, 0)], dog=[at(0, 0)])   # a wrong colour, too
-    assert not right and reason.splitlines()[1] == "no target for dog to be left of"
 
 
 @pytest.mark.parametrize("x, y, expected", [
@@ -88,7 +79,6 @@ def test_weak_and_surplus_detections_are_not_seen():
     assert [thing.score for thing in keep(found, "counting")["dog"]] == [0.95]
     many = [("dog", at(0, 0, score=0.5 + k / 100)) for k in range(20)]
     assert keep(many, "colors")["dog"] == [thing for _, thing in many[:3:-1]]
-    assert keep([("dog", at(0, 0, score=0.2))], "colors") == {}
 
 
 def test_the_overall_score_is_the_mean_of_the_tasks_and_equal_metadata_are_one_prompt():
@@ -99,7 +89,6 @@ def test_the_overall_score_is_the_mean_of_the_tasks_and_equal_metadata_are_one_p
     assert shares == pytest.approx({"counting": 2 / 3, "colors": 0.0, "overall": 1 / 3})
     table = text.splitlines()
     assert table[1] == "4 images of 3 prompts; correct: 50.00% of the images, 66.67% of the prompts"
-    assert table[2].split() == "counting = 66.67% (2 / 3)".split()
     assert table[-1] == "overall score (mean of the tasks): 0.33333"
 
 
@@ -115,16 +104,10 @@ def test_the_553_prompts_are_genevals_number_by_number():
                  80: "a photo of a bench and a sports ball",
                  530: "a photo of a purple suitcase and an orange pizza"}
     assert {number: found[number]["prompt"] for number in published} == published
-    assert {want["prompt"] for want in found} >= {f"a photo of {text}" for text in (
-        "two wine glasses", "four buses", "two toothbrushs", "a brown skis", "a black tv remote",
-        "a computer mouse left of a bench", "a purple computer keyboard and a blue scissors")}
-    by_text = {want["prompt"].removeprefix("a photo of "): want for want in found}
-    assert by_text["a brown giraffe and a white stop sign"]["include"] == [
-        one("giraffe", color="brown"), one("stop sign", color="white")]
-    assert by_text["four benchs"] == dict(tag="counting", prompt="a photo of four benchs",
-                                          include=[one("bench", 4)], exclude=[one("bench", 5)])
-    dog = one("dog", position=["right of", 0])
-    assert by_text["a dog right of a tie"]["include"] == [one("tie"), dog]
+    assert dict(tag="counting", prompt="a photo of four benchs", include=[one("bench", 4)],
+                exclude=[one("bench", 5)]) in found
+    include = [one("tie"), one("dog", position=["right of", 0])]
+    assert include in [want["include"] for want in found]
     assert {part["class"] for want in found for part in want["include"]} == set(evaluate.OBJECTS)
 
 
@@ -162,18 +145,14 @@ def write_clip(folder: Path) -> None:
               folder / "open_clip_model.safetensors")
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Pictures of 40 pixels are not looked at in 800."""
-    monkeypatch.setattr(Detector, "SIZE", {"shortest_edge": 48, "longest_edge": 96})
-
-
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("judges")
     write_detector(folder / Detector.SOURCE)
     write_clip(folder / Colors.SOURCE)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:       # pictures of 40 pixels are not seen in 800
+        patch.setattr(Detector, "SIZE", {"shortest_edge": 48, "longest_edge": 96})
+        yield folder
 
 
 def test_a_detection_is_a_query_and_a_class_with_the_mean_probability_of_its_mask(judges):
@@ -234,24 +213,7 @@ def fails(*arguments) -> str:
     return sentences(stderr)[0]
 
 
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    """Three prompts, two pictures each, in GenEval's layout."""
-    rng, out = np.random.default_rng(0), tmp_path / "out"
-    for k, number in enumerate((0, 200, 300)):
-        (out / f"{k:05d}" / "samples").mkdir(parents=True)
-        (out / f"{k:05d}" / "metadata.jsonl").write_text(LINES[number])
-        for i in range(2):
-            Image.fromarray(rng.integers(0, 256, (40, 64 - 8 * k, 3), np.uint8)).save(
-                out / f"{k:05d}" / "samples" / f"{i:04d}.png")
-    return out
-
-
-def results(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
-def test_geneval_is_generated_and_judged_from_end_to_end(judges, tmp_path, monkeypatch):
+def test_geneval_is_generated_and_judged_from_end_to_end(judges, tmp_path, monkeypatch, capsys):
     """A prompt of each task with the released layout's small network; then the summary."""
     few = [next(line for line in LINES if json.loads(line)["tag"] == task) for task in TASKS]
     (tmp_path / "assets").mkdir()
@@ -269,54 +231,30 @@ def test_geneval_is_generated_and_judged_from_end_to_end(judges, tmp_path, monke
     assert max(np.abs(np.asarray(Image.open(file)) - old).max()
                for file, old in zip(files, before)) <= 1
     evaluate.main(["geneval", "score", str(out), "--models", str(judges)])
-    assert [line["filename"] for line in results(out)] == [
-        str(file.relative_to(out)) for file in files]
-    assert {line["tag"] for line in results(out)} == set(TASKS)
+    lines = [json.loads(line) for line in (out / "results.jsonl").open()]
+    assert [line["filename"] for line in lines] == [str(file.relative_to(out)) for file in files]
+    right = sum(line["correct"] for line in lines) / 12
+    assert f"12 images of 6 prompts; correct: {right:.2%} of the images" in capsys.readouterr().out
+    least = {line["tag"]: min([1.0, *(box[4] for group in json.loads(line["details"]).values()
+                                      for box in group)]) for line in lines}
+    assert least.pop("counting") > 0.9 > min(least.values()) > 0.3  # counting asks for surer ones
     with pytest.raises(UserError, match="or pictures of other settings: name a new folder"):
         evaluate.main([*command, "--guidance", "2"])
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    command[3] = str(tmp_path / "mine")
-    with pytest.raises(UserError, match="mine has other files, or"):
-        evaluate.main(command)
-    assert len(list((tmp_path / "mine").iterdir())) == 1
 
 
-def test_every_picture_is_judged_by_what_its_metadata_ask_for(judges, pictures, capsys):
-    command = ["geneval", "score", str(pictures), "--models", str(judges)]
-    wanted = json.loads((pictures / "00002" / "metadata.jsonl").read_text()) | dict(tag="counting")
-    (pictures / "00002" / "metadata.jsonl").write_text(json.dumps(wanted))
-    (pictures / "00000" / "samples" / "0001.png").unlink()
-    evaluate.main(command)
-    assert len(results(pictures)) == 5
-    right = sum(line["correct"] for line in results(pictures))
-    said = capsys.readouterr().out
-    assert f"5 images of 3 prompts; correct: {right / 5:.2%} of the images" in said
-    seen = [box for line in results(pictures)[3:] for group in json.loads(line["details"]).values()
-            for box in group]
-    assert all(box[4] > 0.9 for box in seen)                        # counting asks for surer ones
-
-
-def test_a_missing_and_a_damaged_judge_are_named(judges, pictures, tmp_path):
-    score = ("score", pictures, "--models")
-    said = fails(*score, tmp_path / "nowhere")
+def test_missing_judges_damaged_pictures_and_metadata_and_unknown_words_are_named(judges, tmp_path):
+    place = tmp_path / "00000"
+    metadata, picture = place / "metadata.jsonl", place / "samples" / "0000.png"
+    assert "evaluate.py geneval generate CKPT" in fails("score", tmp_path)
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"no picture")
+    metadata.write_text(LINES[0])
+    said = fails("score", tmp_path, "--models", tmp_path / "nowhere")
     assert f"geneval score needs config.json, *.safetensors of {Detector.SOURCE}" in said
-    assert not (pictures / "results.jsonl").exists()
-    place = Path(shutil.copytree(judges, tmp_path / "judges"))
-    weights = load_file(place / Detector.SOURCE / "model.safetensors")
-    weights.pop("class_predictor.weight")
-    save_file(weights, place / Detector.SOURCE / "model.safetensors", {"format": "pt"})
-    said = fails(*score, place)
-    assert "1 tensors are missing" in said and "class_predictor.weight" in said
-
-
-def test_damaged_metadata_and_pictures_and_unknown_words_are_named(judges, pictures, tmp_path):
-    score = ("score", pictures, "--models", judges)
-    (pictures / "00002" / "samples" / "0001.png").write_bytes(b"no picture")
-    assert "00002/samples/0001.png, or metadata.jsonl above it, cannot be read" in fails(*score)
-    (pictures / "00001" / "metadata.jsonl").write_text('{"prompt": "a dog"}')
-    assert "00001/samples/0000.png, or metadata.jsonl above it, cannot be read" in fails(*score)
-    (pictures / "00001" / "metadata.jsonl").write_text("{")
-    assert "00001/metadata.jsonl cannot be read" in fails(*score)
-    assert "evaluate.py geneval generate CKPT" in fails("score", tmp_path / "empty")
+    said = fails("score", tmp_path, "--models", judges)
+    assert f"{picture}, or metadata.jsonl above it, cannot be read" in said
+    Image.new("RGB", (40, 40)).save(picture)
+    metadata.write_text("{")
+    assert f"{metadata} cannot be read" in fails("score", tmp_path, "--models", judges)
+    assert not (tmp_path / "results.jsonl").exists()
     assert "unknown word" in fails("generate", ROOT / "assets" / "shapes", tmp_path / "new")

@@ -1,12 +1,9 @@
 """rewards.py: scores that survive kills, retries and editing, by the analytic rewards alone."""
 import json
 import math
-import os
+import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +13,11 @@ import torch
 from conftest import run, sentences
 from PIL import Image
 from safetensors import safe_open
-from tqdm import tqdm
 
 import binning
 import rewards
 import shapes
-from data import Data, UserError, import_pictures, write_shard
+from data import Data, UserError, import_pictures
 from rewards import read_header, read_scores, score_dataset, scores_path
 from shapes import ANALYTIC, score_all
 
@@ -96,16 +92,12 @@ def spoilt(images, prompts):
     return torch.tensor([math.inf if "beach" in prompt else 1.0 for prompt in prompts])
 
 
-def wrong(images, prompts):
-    """A scorer with a bug."""
-    return np.zeros(3) + np.zeros(4)
-
-
 # ---- the format ----------------------------------------------------------------------------------
 
-def test_a_row_of_scores_is_a_pair_and_a_column_has_a_version_and_a_digest(pictures):
+def test_a_row_of_scores_is_a_pair_and_a_column_has_a_version_and_a_digest(pictures, capsys):
     folder = imported(pictures)
-    scored(folder)
+    scored(folder, ("contrast", "alignment"))
+    printed = capsys.readouterr().out.splitlines()[-3:-1]
     [shard] = Data(folder).shards
     raw, header = read_scores(shard, ("contrast", "alignment")), read_header(shard)
     assert raw.shape == (13, 2) and raw.dtype == np.float32
@@ -113,9 +105,12 @@ def test_a_row_of_scores_is_a_pair_and_a_column_has_a_version_and_a_digest(pictu
     images = np.stack([shard.picture(row, S) for row in shard.owners])
     wanted = score_all(("contrast", "alignment"), torch.from_numpy(images), shard.captions)
     assert np.array_equal(raw, wanted.numpy())
-    assert header["scorers"] == {name: shapes.version(name) for name in ANALYTIC}
+    assert header["scorers"] == {name: shapes.version(name) for name in ("contrast", "alignment")}
     assert all(len(digest) == 16 for digest in header["digests"].values())
-    assert binning.read_scores(folder, ("contrast", "alignment")).shape == (13, 2)
+    for name, line, x in zip(("contrast", "alignment"), printed, raw.astype(np.float64).T):
+        cells = line.split()
+        assert cells[:2] == [name, "13"] and [float(cell) for cell in cells[2:]] == pytest.approx(
+            [x.mean(), x.std(), x.min(), x.max()], rel=1e-3)
 
 
 def test_a_failed_score_is_nan_and_named_and_never_a_number(pictures, monkeypatch, capsys):
@@ -131,11 +126,7 @@ def test_a_failed_score_is_nan_and_named_and_never_a_number(pictures, monkeypatc
     assert failures.keys() == {"pictures-00000/004", "pictures-00000/007"}
     assert read_header(shard)["failed"]["contrast"] == {
         7: "contrast of 'a dog on a beach' came out as inf"}
-    assert {*read_header(shard)["failed"]["alignment"]} == {4, 7}
-    out = capsys.readouterr().out
-    assert ("2 failed (try these again with --retry):\n"
-            "  pictures-00000/004: alignment of 'a cat' came out as nan") in out
-    assert f"\ncontrast{'':6}{12:9}" in out and f"\nsharpness{'':5}{13:9}" in out
+    assert "pictures-00000/004: alignment of 'a cat' came out as nan" in capsys.readouterr().out
 
 
 def test_failures_stay_until_they_are_tried_again(pictures, monkeypatch, calls):
@@ -151,17 +142,6 @@ def test_failures_stay_until_they_are_tried_again(pictures, monkeypatch, calls):
     failed = read_header(Data(folder).shards[0])["failed"]
     assert not calls and {len(rows) for rows in failed.values()} == {12}
     assert scored(folder, retry=True) == whole and sum(n for _, n in calls) == 5 * 13
-
-
-def test_the_table_is_of_all_scores(data, capsys):
-    scored(data)
-    raw = np.concatenate([read_scores(shard, ANALYTIC) for shard in Data(data).shards])
-    printed = capsys.readouterr().out.splitlines()[2:7]
-    for name, line, x in zip(ANALYTIC, printed, raw.astype(np.float64).T):
-        found = line.split()
-        assert found[:2] == [name, "120"]
-        assert [float(value) for value in found[2:]] == pytest.approx(
-            [x.mean(), x.std(), x.min(), x.max()], rel=1e-3)
 
 
 # ---- what stays and what is made anew ------------------------------------------------------------
@@ -183,7 +163,6 @@ def test_a_scorer_of_another_version_scores_anew_and_its_old_scores_are_refused(
     version = shapes.version
     monkeypatch.setattr(shapes, "version", lambda name: version(name) + "+" * (name == "contrast"))
     shard = Data(data).shards[0]
-    assert read_scores(shard, ("sharpness",)).shape == (10, 1)
     with pytest.raises(UserError, match="no contrast scores of this version of shapes.py: run"):
         read_scores(shard, ("sharpness", "contrast"))
     calls.clear()
@@ -212,35 +191,29 @@ def test_scores_of_other_pictures_or_captions_are_refused_and_made_anew(pictures
 
 
 def test_a_column_of_a_name_unknown_here_is_kept_and_ignored(data):
-    folder, beauty = data, np.arange(10, dtype=np.float32)
-    first = scores_path(Data(folder).shards[0])
-    scored(folder, ("contrast",))
+    beauty, first = np.arange(10, dtype=np.float32), scores_path(Data(data).shards[0])
+    scored(data, ("contrast",))
     with safe_open(first, "np") as file:
-        notes = file.metadata()
-    notes["scorers"] = json.dumps(json.loads(notes["scorers"]) | {"beauty": "a fork's"})
+        notes = file.metadata() | {"scorers": '{"contrast": "old", "beauty": "a fork"}'}
     columns = safetensors.numpy.load_file(first) | {"beauty": beauty}
     safetensors.numpy.save_file(columns, first, notes)
-    code, _, err = run("rewards.py", folder)
-    assert code == 0, err
+    scored(data)
     assert np.array_equal(safetensors.numpy.load_file(first)["beauty"], beauty)
-    header = read_header(Data(folder).shards[0])
+    header = read_header(Data(data).shards[0])
     assert {*header["scorers"]} == {*ANALYTIC, "beauty"} and "beauty" in header["digests"]
-    assert binning.read_scores(folder, ANALYTIC).shape == (120, 5)
+    assert binning.read_scores(data, ANALYTIC).shape == (120, 5)
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(data):
     shard = Data(data).shards[0]
-    path = scores_path(shard)
     with pytest.raises(UserError, match="00000.scores.safetensors is not there: run python"):
         read_header(shard)
     scored(data, ("contrast",))
     with pytest.raises(UserError, match="no sharpness scores: run") as caught:
         read_header(shard, ("contrast", "sharpness"))
     command = str(caught.value).split("run python ")[1]
-    assert subprocess.run(["bash", "-c", f"printf '%s\n' {command}"], capture_output=True,
-                          text=True).stdout.splitlines() == [
-        "rewards.py", str(data), "--rewards", "contrast,sharpness"]      # whatever DATA is called
-    path.write_bytes(path.read_bytes()[:200])
+    assert shlex.split(command) == ["rewards.py", str(data), "--rewards", "contrast,sharpness"]
+    scores_path(shard).write_bytes(b"\x08")
     for use in (lambda: read_scores(shard, ("contrast",)), lambda: scored(data)):
         with pytest.raises(UserError, match="00000.scores.safetensors cannot be read"):
             use()
@@ -248,35 +221,12 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(data):
 
 # ---- kills, ranks, processes ---------------------------------------------------------------------
 
-def forked(work) -> int:
-    """Start work() in a process of its own (torch is loaded already, which saves two seconds)."""
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)             # OpenMP's threads are not there after a fork
-        tqdm.set_lock(threading.RLock())     # its own: a killed holder would lock all for ever
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)                      # the tests after this one are the parent's
-    return child
-
-
 @pytest.mark.parametrize("moment, count", [("fsync", 1), ("replace", 1), ("replace", 6)])
-def test_kill_9_while_scores_are_written_loses_at_most_a_shard(data, monkeypatch, moment, count):
-    before, calls, function = scored(data, ("contrast",)), [], getattr(os, moment)
-
-    def deadly(*given):
-        calls.append(given)
-        if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, moment, deadly)
-        child = forked(lambda: scored(data))
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+def test_kill_9_while_scores_are_written_loses_at_most_a_shard(data, child, moment, count):
+    before = scored(data, ("contrast",))
+    process = child("rewards.py", [data], data.parent, kill=(moment, count))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     after, whole = scores(data), scored(data)
     done, left = sorted(whole)[:count - 1], sorted(whole)[count - 1:]
     assert all(after[name] == whole[name] for name in done)
@@ -303,7 +253,6 @@ def test_alignment_is_left_out_where_captions_are_not_of_its_grammar(pictures):
     own, other = ["a red circle"] * 99, ["a dog on a beach"]
     assert rewards.default_rewards(own + other) == ANALYTIC
     assert rewards.default_rewards(own + other * 2) == ANALYTIC[1:]
-    assert rewards.choose_rewards("analytic", other) == ANALYTIC[1:]
     assert rewards.choose_rewards("sharpness, contrast", other) == ("contrast", "sharpness")
     with pytest.raises(UserError, match="captions of shapes.py alone"):
         rewards.choose_rewards("contrast,alignment", other)
@@ -313,33 +262,19 @@ def test_alignment_is_left_out_where_captions_are_not_of_its_grammar(pictures):
     assert code == 0 and "alignment is left out" in out and "alignment   " not in out
 
 
-def test_more_than_one_percent_of_failures_ends_with_code_2_after_all_is_written(data):
-    first = Data(data).shards[1]
-    columns = {name: first.read(name) for name in first.file.keys()}
-    text = columns["captions"].tobytes().replace(first.captions[0].encode(),
-                                                 b"x" * len(first.captions[0].encode()), 1)
-    columns["captions"] = np.frombuffer(text.replace(
-        first.captions[1].encode(), b"\x1b" * len(first.captions[1].encode()), 1), np.uint8)
-    write_shard(first.path, columns)
-    code, out, err = run("rewards.py", data, "--rewards", "alignment,contrast")
+def test_more_than_one_percent_of_failures_ends_with_code_2_after_all_is_written(
+        data, monkeypatch):
+    bad = Data(data).shards[1].captions[:2]
+    count = sum(caption in bad for shard in Data(data).shards for caption in shard.captions)
+    monkeypatch.setitem(shapes.SCORERS, "contrast", lambda images, prompts: torch.tensor(
+        [math.nan if prompt in bad else 1.0 for prompt in prompts]))
+    code, out, err = run("rewards.py", data, "--rewards", "contrast")
     assert code == 2 and len(scores(data)) == 12
-    assert "2 failed" in out and "\nalignment           118 " in out and "\x1b" not in out
-    assert sentences(err) == [f"{data}: 2 of 120 samples cannot be used (the limit is 1%): they "
-                              "and the reasons are listed above; then pass --retry"]
+    [said] = sentences(err)
+    assert f"{count} failed" in out and f"{count} of 120 samples cannot be used" in said
 
 
 def test_a_forks_own_bug_keeps_its_traceback(data, monkeypatch):
-    monkeypatch.setitem(shapes.SCORERS, "contrast", wrong)
+    monkeypatch.setitem(shapes.SCORERS, "contrast", lambda images, prompts: np.ones(3) + np.ones(4))
     with pytest.raises(ValueError, match="could not be broadcast"):
         scored(data, ("contrast",))
-
-
-@pytest.mark.parametrize("flags, said", [
-    ("DATA --rewards alignment,beauty", "unknown reward 'beauty'; valid: aesthetic"),
-    ("DATA --rewards contrast,contrast", "named twice"),
-    ("DATA --batch 0", "--batch is at least 1"),
-])
-def test_a_wrong_flag_is_one_sentence(data, flags, said):
-    code, _, err = run("rewards.py", *(data if flag == "DATA" else flag for flag in flags.split()))
-    assert code == 2 and len(sentences(err)) == 1 and said in sentences(err)[0]
-    assert not scores(data)
