@@ -287,7 +287,7 @@ def group_runs(folders: Sequence[str]) -> dict[str, dict[int, Path]]:
             raise UserError(f"{folder} has come to step {config['step']} of {flags['steps']}: let "
                             "it finish (its python train.py command again)")
         told = "all" if names == [*ANALYTIC] else "+".join(names) or "none"
-        runs[folder] = flags | dict(rewards=told, data=config.get("data"))       # rows, a digest
+        runs[folder] = flags | dict(rewards=told, data=config.get("data"))       # a digest
     names = dict.fromkeys(name for flags in runs.values() for name in flags)
     differ = [name for name in names if name not in ("rewards", "seed")
               and len({str(flags.get(name)) for flags in runs.values()}) > 1]

@@ -583,6 +583,7 @@ class JinaCLIP:
         return F.normalize(self.image(normalised(pixels, self.dtype)).float(), dim=-1)   # (B, D)
 
     def judge(self, seen: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """(B, D) of see, B prompts → the cosine (B,)."""
         lines = self.tokenizer.encode_batch(list(prompts))
         ids = torch.tensor([line.ids for line in lines], device=self.device)     # (B, L)
         mask = torch.tensor([line.attention_mask for line in lines], device=self.device)  # (B, L)
@@ -655,6 +656,7 @@ class CLIPFlanT5:
         return self.t5.mm_projector(states[:, 1:])                             # (B, 576, d_model)
 
     def judge(self, seen: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Image tokens (B, 576, d_model) of see, B prompts → P(Yes), as the score has it (B,)."""
         B, embed = len(prompts), self.t5.shared
         # each piece is tokenized on its own, so both end with </s>: T5 was tuned like this
         before = self.tokenizer([self.SYSTEM] * B, return_tensors="pt").to(self.device)

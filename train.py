@@ -226,7 +226,8 @@ class Batches(torch.utils.data.Dataset):
         self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.known = {}                   # shard → scores of its pairs, of those of a window
         names = binning.scored_names(data.path)
-        self.without = [unscored(shard, names) for shard in data.shards]     # rows, ascending
+        self.unscored = [unscored(shard, names) for shard in data.shards]    # rows, ascending
+        self.without = list(self.unscored)                 # and those that validate, from below on
         self.held_out = self.keep_out()
         for number, row in self.held_out:
             self.without[number] = np.union1d(self.without[number], [row])
@@ -250,9 +251,10 @@ class Batches(torch.utils.data.Dataset):
         return kept
 
     def digest(self) -> str:
-        """16 hex digits of the samples and of those left out: a run resumes on the same."""
+        """16 hex digits of the samples and of those without scores: a run resumes on the same, and
+        runs of several seeds, which keep out others, are of the same data."""
         found = hashlib.sha256(" ".join(shard.digest for shard in self.data.shards).encode())
-        for rows in self.without:
+        for rows in self.unscored:
             found.update(rows.tobytes() + b" ")
         return found.hexdigest()[:16]
 

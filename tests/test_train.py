@@ -491,8 +491,17 @@ def test_a_run_is_resumed_in_another_precision_and_not_with_other_flags_or_data(
             train.same_run(found, plain.config | wanted, checkpoint)
 
 
+def test_runs_of_several_seeds_are_of_the_same_data_and_pooled_by_compare(world, tmp_path):
+    for rewards_, seed in (("all", 0), ("all", 1), ("none", 0)):
+        code, _, stderr = run("train.py", *TINY, "--data", world, "--steps", 1, "--seed", seed,
+                              "--rewards", rewards_, "--out", tmp_path / f"{rewards_}{seed}")
+        assert code == 0, stderr
+    groups = evaluate.group_runs([tmp_path / name for name in ("all0", "all1", "none0")])
+    assert {label: [*group] for label, group in groups.items()} == {"none": [0], "all": [0, 1]}
+
+
 def test_two_ranks_equal_one(world, child, tmp_path):
-    # Shares of two: some micro-batches have a pass of self-conditioning that the other rank has not.
+    # Shares of two: some micro-batches have a pass of self-conditioning, the other rank's have not.
     flags = [*TINY, "--data", world, "--steps", 4, "--save-every", 1, "--log-every", 1,
              "--batch", 4, "--seed", 1]
     with socket.socket() as free:
