@@ -52,7 +52,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 # What Pillow raises on damaged files (180,000 were tried); all of it means "unreadable".
 BROKEN = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, ArithmeticError,
           struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16")
 # Every random number of the project comes from (seed, stream, numbers): no two streams meet.
 STREAMS = {"scene": 0, "prompts": 1, "draws": 3, "validation": 4, "latents": 5, "detector": 6,
            "order": 7}
@@ -77,6 +77,35 @@ def run(main: Callable) -> None:
         print(f"the GPU's memory is full ({first_line(error)}): pass a smaller --batch (train.py: "
               "a larger --accumulate)", file=sys.stderr)
         sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags whose mistakes end in one sentence, too."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message.removeprefix('argument ')}: see python {self.prog} --help")
+
+
+def number(kind: type, low: float = 0, high: float = 2 ** 62) -> Callable:
+    """The type of a flag that is a number from low to high."""
+    def value(text: str) -> float:
+        found = kind(text)
+        if not low <= found <= high:                                             # not: NaN, too
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high:g}")
+        return found
+    value.__name__ = kind.__name__                           # argparse says it: "invalid int value"
+    return value
+
+
+def make_folder(path: str | Path, flag: str) -> Path:
+    """A folder, made if it is not there. UserError, naming the flag: it cannot be written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written to ({error.strerror}): name another "
+                        "folder") from error
+    return Path(path)
 
 
 def write_whole(path: Path, write: Callable) -> None:
@@ -148,12 +177,11 @@ def best_device() -> torch.device:
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """One of PRECISIONS → what a network's matrix products are made in. "auto" is fp32 but on CUDA:
-    there bf16, or fp16 on chips that only emulate it (on most CPUs bf16 is slower than fp32)."""
+    """One of PRECISIONS → what a network's matrix products are made in. "auto" is bf16 on a GPU
+    that has it, else fp32 (on most CPUs bf16 is slower)."""
     if name == "auto" and device.type == "cuda":
-        real = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bf16" if real else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 # ---- one picture: encoded bytes -> (3, size, size) -----------------------------------------------

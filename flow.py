@@ -68,40 +68,29 @@ def branches(s_pos, s_neg, text, text_mask, w, text_neg=None, text_mask_neg=None
 
 def step_times(steps: int, shift: float = 1.0) -> list:
     """Times of a sampler's steps, 1 to 0: shift t / (1 + (shift - 1) t) of even t (Esser et al.
-    2024). Above 1 more are near the noise, where small pictures are decided; 1 is the release's."""
+    2024, equation 23). Above 1 more are near the noise, where small pictures are decided."""
     t = torch.linspace(1, 0, steps + 1)                                          # (steps + 1,)
     return (shift * t / (1 + (shift - 1) * t)).tolist()
 
 
 @torch.no_grad()
-def sample(model, eps, branches, steps=50, solver="euler", shift=1.0, interval=(0.0, 1.0),
-           progress=None):
+def sample(model, eps, branches, steps=50, solver="euler", shift=1.0, progress=None):
     """Integrate dx/dt = v̂ from noise (t = 1) to data (t = 0): eps (B, C, H, W) → x_0.
 
     branches: K of (weight, s (B, R), text (B, L, E), text_mask (B, L)), one L for all of them;
         v̂ = Σ weight v on all channels. Guidance is two of them: see branches().
     solver: "euler", or "ab2" (Adams-Bashforth of second order: as many evaluations, but each step
         extrapolates the velocity from the last two; not in the paper).
-    interval: guidance acts for interval[0] <= t <= interval[1] (Kynkäänniemi et al. 2024); outside
-        of it v̂ is the first branch's v, and the others cost nothing.
-    shift: see step_times. progress: called after each step. ValueError: no such solver, no step.
+    shift: see step_times. progress: called after each step.
     """
-    if solver not in ("euler", "ab2") or steps < 1:
-        raise ValueError(f"solver {solver!r} with {steps} steps: use euler or ab2, 1 step or more")
-    alone = branches if len(branches) == 1 else [(1.0, *branches[0][1:])]
-    B, times = len(eps), step_times(steps, shift)
-    x_t, z, acting = eps, None, None
+    assert solver in ("euler", "ab2") and steps > 0, (solver, steps)
+    weights, *given = zip(*branches)
+    given = [torch.cat(parts) for parts in given]                                # (K B, R | L, ...)
+    known, K = model.condition(*given), len(branches)
+    times, x_t, z, last = step_times(steps, shift), eps, None, None
     for now, after in zip(times[:-1], times[1:]):
-        due = branches if interval[0] <= now <= interval[1] else alone
-        if acting is not due:                     # at the start, and where guidance begins or ends
-            acting, K, last = due, len(due), None   # v̂ jumps: no line through both sides of it
-            weights, *asked = zip(*acting)
-            asked = [torch.cat(parts) for parts in asked]                        # (K B, R | L, ...)
-            known = model.condition(*asked)
-            if z is not None:                     # all branches go on from the first one's past
-                z = z[:B].repeat(K, 1, 1)                                        # (K B, M, D)
-        t = torch.full((K * B,), now, device=eps.device)                         # (K B,)
-        v, z, _ = model(x_t.repeat(K, 1, 1, 1), t, *asked, z, known)             # (K B, C, H, W)
+        t = torch.full((K * len(eps),), now, device=eps.device)                  # (K B,)
+        v, z, _ = model(x_t.repeat(K, 1, 1, 1), t, *given, z, known)             # (K B, C, H, W)
         v = sum(weight * part for weight, part in zip(weights, v.float().chunk(K)))
         slope, step = v, after - now                                             # (B, C, H, W)
         if solver == "ab2" and last is not None:            # the line through the last two, midway

@@ -15,7 +15,7 @@ All the work happens in a few latents; the many data tokens are only read from a
 architecture is the release's (paper, section 3 and its appendix). It is fed gamma = 1 - t.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -25,7 +25,8 @@ from torch.nn import LayerNorm, RMSNorm
 
 @dataclass(frozen=True)
 class Config:
-    """The size of a TextRIN. rewards fixes the order of the columns of s, everywhere."""
+    """The size of a TextRIN. rewards fixes the order of the columns of s, everywhere.
+    AssertionError, naming the fields: sizes that cannot be, or do not go together."""
     rewards: tuple
     channels: int                       # of the data: 3 pixels, 4 VAE latents
     size: int                           # side of the data
@@ -45,6 +46,19 @@ class Config:
     sincos: bool = False                # patch positions start as sin-cos instead of noise of 0.02
     zero_out: bool = False              # every residual branch, and v, start at zero
     patch_bias: float = 0.0             # patch_in's bias starts as noise of this std
+
+    def __post_init__(self):
+        for one in fields(self)[1:]:
+            value, least = getattr(self, one.name), int(one.type is int)
+            assert isinstance(value, (one.type, int)) and least <= value < 1e6, \
+                f"{one.name} is {value}, and must be of type {one.type.__name__} and {least} or more"
+        for whole, part in (("size", "patch"), ("latent_dim", "heads"), ("latent_dim", "text_heads"),
+                            ("latent_dim", "read_heads"), ("data_dim", "read_heads")):
+            n, share = getattr(self, whole), getattr(self, part)
+            assert n % share == 0, f"{whole} {n} is no multiple of {part} {share}"
+        for key in ("latent_dim", "data_dim"):
+            width = getattr(self, key)
+            assert width >= 8 and width % 4 == 0, f"{key} {width} is no multiple of 4 from 8 on"
 
 
 PRESETS = {
@@ -68,7 +82,6 @@ class TextRIN(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c, D = config, config.latent_dim
-        assert c.size % c.patch == 0, f"patch {c.patch} does not divide the side {c.size}"
         self.config = c
         pixels, N, R = c.channels * c.patch ** 2, (c.size // c.patch) ** 2, len(c.rewards)
         self.patch_in = nn.Linear(pixels, c.data_dim)
@@ -223,7 +236,6 @@ class Attention(nn.Module):
     def __init__(self, dim: int, source_dim: int | None, heads: int, qk_norm=True, bias=False):
         super().__init__()
         width = min(dim, source_dim or dim)
-        assert width % heads == 0, f"{heads} heads do not divide a width of {width}"
         self.heads = heads
         if source_dim is None:
             self.qkv = nn.Linear(dim, 3 * width, bias=bias)

@@ -195,7 +195,7 @@ def pictures(model: Model, prompts, targets=None, negative=None, seeds=None, gui
             given = (eps[part], s[0][part], s[1][part], *text.chunk(2), *mask.chunk(2))
             noise, s_pos, s_neg, text, text_neg, mask, mask_neg = (a.to(device) for a in given)
             branches = flow.branches(s_pos, s_neg, text, mask, w, text_neg, mask_neg)
-            x.append(flow.sample(model.net, noise, branches, steps, solver, shift, interval,
+            x.append(flow.sample(model.net, noise, branches, steps, solver, shift,
                                  progress).cpu())                                # (b, C, S, S)
     mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     x = torch.cat(x) * std + mean                                                # (B, C, S, S)

@@ -43,6 +43,7 @@ WORDS = tuple(sorted(set(" ".join((*SHAPES, *(f"{shape}s" for shape in SHAPES), 
 PLACES = (((0.5, 0.5),), ((0.24, 0.5), (0.76, 0.5)), ((0.5, 0.25), (0.25, 0.65), (0.75, 0.65)),
           ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)))
 SIZES = ((0.26, 0.30), (0.178, 0.188), (0.163, 0.173), (0.155, 0.165))
+SIZE = 24                                                              # of a side, in pixels
 SATURATION = (0.4, 0.8)                                                # of things
 FAULTS = {"wash": 0.16, "blur": 0.16, "clutter": 0.2, "frame": 0.16}   # shares of the pictures
 
@@ -93,7 +94,7 @@ class Claims:
     relation: str | None = None
 
 
-def write_world(folder, n: int, seed: int, size: int = 24, shard: int = 1000) -> None:
+def write_world(folder, n: int, seed: int, size: int = SIZE, shard: int = 1000) -> None:
     """Write n samples as DATA, `shard` of them a file: the same for the same arguments. Finished
     shards stay: run again after an interruption. UserError: an argument is out of range, or the
     folder holds other data."""
@@ -499,7 +500,7 @@ def main():
     parser.add_argument("data", help="folder to write to")
     parser.add_argument("--n", type=int, default=10000, help="pictures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=24, help="side in pixels")
+    parser.add_argument("--size", type=int, default=SIZE, help="side in pixels")
     args = parser.parse_args()
     write_world(args.data, args.n, args.seed, args.size)
 

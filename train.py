@@ -18,8 +18,11 @@ import os
 import pickle
 import platform
 import shlex
+import shutil
+import struct
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -40,27 +43,27 @@ import model
 import rewards
 import sample
 import shapes
-from data import (PRECISIONS, T5, VAE, Data, Order, Shard, UserError, Words, best_device,
-                  first_line, pad, precision, refuse_too_many, run, span, stream, write_text,
-                  write_whole)
+from data import (PRECISIONS, T5, VAE, Data, Order, Parser, Shard, UserError, Words, best_device,
+                  first_line, make_folder, number, pad, precision, refuse_too_many, run, span,
+                  stream, write_text, write_whole)
 
 
-def flag(default, words: str, low: float = 0, high: float = 2 ** 62):
-    """A field of Args: its default, its line of --help, and the least and largest it can be."""
-    return field(default=default, metadata=dict(help=words, low=low, high=high))
+def flag(default, words: str, low: float = 0, high: float = 2 ** 62, choices=None):
+    """A field of Args: its default, its line of --help, and what it can be."""
+    return field(default=default, metadata=dict(help=words, low=low, high=high, choices=choices))
 
 
 @dataclass
 class Args:
     """The flags, beside those of the network (model.Config); None takes the preset's recipe."""
-    preset: str = flag("shapes", "shapes or paper: the network and its recipe")
+    preset: str = flag("shapes", "the network and its recipe", choices=("shapes", "paper"))
     data: str = flag(None, "DATA of data.py; default: the embedded world, in runs/world")
     out: str = flag(None, "folder of the run; default: runs/PRESET")
     rewards: str = flag("all", "all, none, or a,b,c: what the network is told")
     steps: int = flag(None, "optimizer steps", 1)
     batch: int = flag(None, "samples a step, over all ranks", 1)
     accumulate: int = flag(1, "micro-batches a step and rank", 1)
-    optimizer: str = flag(None, "muon, adamw or lamb (the paper's)")
+    optimizer: str = flag(None, "lamb is the paper's", choices=("muon", "lamb"))
     lr: float = flag(None, "peak learning rate (muon: of all but inner matrices)")
     matrix_lr: float = flag(None, "muon: of the matrices of the inner layers")
     weight_decay: float = flag(None, "of the optimizer")
@@ -76,7 +79,7 @@ class Args:
     world: int = flag(10000, "pictures of the embedded world", 1)
     val: int = flag(256, "samples kept out for validation, at most a tenth of all", 1)
     seed: int = flag(0, "of weights, order and noise (the embedded world has its own)")
-    precision: str = flag("auto", "fp32, bf16 or fp16; auto: bf16 or fp16 on CUDA, else fp32")
+    precision: str = flag("auto", "auto: bf16 on CUDA, else fp32", choices=PRECISIONS)
     compile: bool = flag(False, "torch.compile")
     workers: int = flag(None, "processes that make batches, per rank")
     text_encoder: str = flag(None, "latents: where the T5 of the encoded DATA is now")
@@ -85,7 +88,6 @@ class Args:
     save_every: int = flag(None, "steps between checkpoints", 1)
     keep_every: int = flag(0, "steps between checkpoints that stay, to be compared; 0: none")
     sample_every: int = flag(None, "steps between validation and the grid", 1)
-    dry_run: bool = flag(False, "say what would be done, and stop")
 
 
 RECIPES = {
@@ -99,7 +101,7 @@ RECIPES = {
                   bins=64, workers=8, save_every=5000, sample_every=10_000),
 }
 FREE = ("data", "out", "accumulate", "compile", "workers", "log_every", "save_every",
-        "keep_every", "sample_every", "text_encoder", "vae", "dry_run")   # may change on resuming
+        "keep_every", "sample_every", "text_encoder", "vae")       # may change on resuming
 DERIVED = ("rewards", "channels", "size", "text_dim")    # of model.Config: the data say these
 
 
@@ -109,20 +111,19 @@ def main(argv=None):
     """The whole run, in the order in which things happen."""
     args, network = read_args(argv)
     device, rank, ranks = start_ranks()
-    out, dtype = Path(args.out), precision(args.precision, device)
-    if args.dry_run:
-        return dry_run(args, network, device, dtype) if rank == 0 else None
+    out, dtype = make_folder(args.out, "--out"), precision(args.precision, device)
     keep_freed_memory()
-    data, bins = prepare(args, rank)
+    data, bins = prepare(args, network, rank)
     encoder = encoder_for(args, data)
     config = describe(args, network, data, bins, encoder)
     batches = Batches(args, config, data, bins, encoder, rank, ranks)
     config["prompts"] = config["prompts"] or batches.held_out_captions()[:6]
     config["data"] = batches.digest()
-    state = start(args, config, device, ranks, dtype)
-    shown = model_to_show(state, args, encoder, bins, batches, device) if rank == 0 else None
+    torch.manual_seed(args.seed)                                        # of the initial weights
+    net = model.build(config["network"]).to(device)
+    state = start(net, args, config, ranks)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        shown = model_to_show(state, args, encoder, bins, batches, device)
         write_head(out, state.config, state.start)
         unseen = not (out / f"grid-{state.start:06d}.png").exists()
         if state.start and unseen and due(state.start, args.sample_every, args):
@@ -132,19 +133,17 @@ def main(argv=None):
     bar = tqdm(total=args.steps, initial=state.start, desc="training", unit="step",
                disable=True if rank else None)                 # None: where there is no terminal
     for step, batch in enumerate(batches.loader(state.start), state.start):
-        try:
-            batch = on_device(batch, device)
-            mse, norm = train_step(state, args, step, batch, ranks, dtype)
-        except FloatingPointError as error:
-            newest = max(out.glob("state-*.pt"), default="none")
-            raise UserError(f"the gradient is not finite at step {step}; the last good checkpoint "
-                            f"is {newest}: lower --lr or change --precision") from error
+        batch = on_device(batch, device)
+        mse, norm = train_step(state, args, step, batch, ranks, dtype)
         done = step + 1
         bar.update()
         losses.append((mse, batch[2]))
+        if any(due(done, every, args) for every in (args.log_every, args.keep_every,
+                                                    args.save_every)):
+            refuse_lost(state, done, out)
         if due(done, args.log_every, args):
             rate = len(losses) * args.batch / (time.time() - began)
-            write_line(out, done, losses, norm, rate, rank)
+            write_line(out, done, losses, float(norm), rate, rank)
             losses, began = [], time.time()
         paused = time.time()
         if rank == 0 and due(done, args.keep_every, args):
@@ -167,12 +166,8 @@ def due(done: int, every: int, args: Args) -> bool:
 
 
 def train_step(state: "State", args: Args, step: int, batch: list, ranks: int, dtype) -> tuple:
-    """One optimizer step on this rank's share of the batch: (mse (b,), gradient norm).
-
-    Micro-batches add up to the gradient of the whole share, and DDP averages it over the ranks.
-    Raises FloatingPointError if the gradient is not finite (fp16: its scaler skips such steps and
-    halves its scale, until that has come down to 1).
-    """
+    """One optimizer step on this rank's share of the batch: mse (b,), and the gradient's norm.
+    Micro-batches add up to the gradient of the whole share, and DDP averages it over the ranks."""
     share, mses = len(batch[0]), []
     size = share // args.accumulate
     for first in range(0, share, size):
@@ -180,25 +175,19 @@ def train_step(state: "State", args: Args, step: int, batch: list, ranks: int, d
         quiet = state.model.no_sync() if ranks > 1 and first + size < share else nullcontext()
         with quiet, torch.autocast(micro[0].device.type, dtype, enabled=dtype != torch.float32):
             mse, weighted = flow.loss(state.model, *micro)                       # (b,), (b,)
-            state.scaler.scale(weighted.sum() / share).backward()
+            (weighted.sum() / share).backward()
         mses.append(mse.detach())
-    for optimizer in state.optimizers:
-        state.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.net.parameters(), args.clip)
-    if not torch.isfinite(norm) and state.scaler.get_scale() <= 1:
-        raise FloatingPointError
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args)
-        if torch.isfinite(norm):            # fp16: a step that overflowed is skipped as a whole
-            state.scaler.step(optimizer)
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    state.scaler.update()
     decay = min(args.ema, (1 + step) / (10 + step))           # the average forgets the start sooner
     with torch.no_grad():
         torch._foreach_lerp_(list(state.average.parameters()), list(state.net.parameters()),
                              1 - decay)
-    return torch.cat(mses), float(norm)
+    return torch.cat(mses), norm
 
 
 def schedule(step: int, args: Args) -> float:
@@ -225,30 +214,20 @@ class Batches(torch.utils.data.Dataset):
         self.shape = (config["network"]["channels"], data.side, data.side)
         self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.known = {}                   # shard → scores of its pairs, of those of a window
-        names = binning.scored_names(data.path)
+        names, counts = binning.scored_names(data.path), [shard.rows for shard in data.shards]
         self.unscored = [unscored(shard, names) for shard in data.shards]    # rows, ascending
-        self.without = list(self.unscored)                 # and those that validate, from below on
-        self.held_out = self.keep_out()
-        for number, row in self.held_out:
-            self.without[number] = np.union1d(self.without[number], [row])
-        self.order = Order([shard.rows - len(rows) for shard, rows in
-                            zip(data.shards, self.without)], args.seed)
-
-    def keep_out(self) -> list[tuple[int, int]]:
-        """Shard and row of the samples that validate. They are chosen among all samples, scored or
-        not: one without scores is left out and moves no other, and a baseline has the same."""
-        counts = np.array([shard.rows for shard in self.data.shards])
-        ends, rows = np.cumsum(counts), self.data.rows
-        number = min(self.args.val, max(1, rows // 10))
-        chosen = stream(self.args.seed, "validation").choice(rows, number, replace=False)
-        shards = np.searchsorted(ends, chosen, side="right")
-        places = zip(shards.tolist(), (chosen - ends[shards] + counts[shards]).tolist())
-        kept = [(shard, row) for shard, row in places if row not in self.without[shard]]
-        left = rows - sum(map(len, self.without)) - len(kept)
-        if not kept or left < 1:
-            raise UserError(f"{self.data.path} has {left} samples with all scores to train on and "
-                            f"{len(kept)} to validate on: at least 1 of each is needed")
-        return kept
+        # Those that validate are drawn from all samples, scored or not: a baseline has the same.
+        chosen = Order(counts, args.seed + 2 ** 32).at(np.arange(
+            min(args.val, max(1, data.rows // 10))))
+        self.held_out = [(shard, row) for shard, row in zip(*(a.tolist() for a in chosen))
+                         if row not in self.unscored[shard]]
+        self.without = list(self.unscored)
+        for shard, row in self.held_out:
+            self.without[shard] = np.union1d(self.without[shard], [row])
+        self.order = Order([n - len(rows) for n, rows in zip(counts, self.without)], args.seed)
+        if not self.held_out or not len(self.order):
+            raise UserError(f"{data.path} has {len(self.order)} samples with all scores to train on "
+                            f"and {len(self.held_out)} to validate on: at least 1 of each is needed")
 
     def digest(self) -> str:
         """16 hex digits of the samples and of those without scores: a run resumes on the same, and
@@ -347,21 +326,30 @@ def on_device(batch: list, device) -> list:
 
 # ---------------------------------------------------------------------------------------- the data
 
-def prepare(args: Args, rank: int) -> tuple:
+def prepare(args: Args, network: dict, rank: int) -> tuple:
     """DATA, and the Bins of the rewards asked for; rank 0 makes what is missing, the others wait.
 
-    UserError: the data do not fit the preset, or lack a reward."""
-    path = args.data or "runs/world"
-    if rank == 0 and args.data is None:
+    UserError: the data do not fit the preset or the network's flags, or lack a reward."""
+    path, preset = args.data or "runs/world", model.PRESETS[args.preset]
+    kind, channels, side = "pixels", 3, shapes.SIZE                          # the embedded world's
+    if args.data:
+        data = Data(path)
+        kind, channels, side = data.kind, data.channels, data.side
+    needed = "pixels" if preset["channels"] == 3 else "latents"
+    if kind != needed:
+        command = {"pixels": "import", "latents": "encode"}[needed]
+        raise UserError(f"--preset {args.preset} trains on {needed}, and {path} has {kind}: make "
+                        f"--data with python data.py {command}")
+    try:
+        model.Config((), channels, side, text_dim=preset["text_dim"], **network)
+    except AssertionError as error:
+        raise UserError(f"flags of the network, for {channels} channels of size {side}: {error}") \
+            from error
+    if rank == 0 and not args.data:
         shapes.write_world(path, args.world, seed=0)
     if dist.is_initialized():
         dist.barrier()
     data = Data(path)
-    needed = "pixels" if model.PRESETS[args.preset]["channels"] == 3 else "latents"
-    if data.kind != needed:
-        command = {"pixels": "import", "latents": "encode"}[needed]
-        raise UserError(f"--preset {args.preset} trains on {needed}, and {path} has {data.kind}: "
-                        f"make it with python data.py {command}")
     if args.rewards == "none":
         return data, None
     if rank == 0:
@@ -401,7 +389,6 @@ def describe(args: Args, network: dict, data: Data, bins, encoder) -> dict:
     names = list(bins.names) if bins else []
     network = network | dict(rewards=names, channels=data.channels, size=data.side,
                              text_dim=encoder.dim)
-    check_patch(network["patch"], data.side)
     world = "world" in data.info
     said = asdict(args) | {key: network[key] for key in network if key not in DERIVED}
     return dict(
@@ -425,27 +412,20 @@ class State:
     average: torch.nn.Module         # the averaged weights (EMA)
     model: torch.nn.Module           # net, compiled and distributed
     optimizers: list
-    scaler: torch.amp.GradScaler     # of fp16
     config: dict
     start: int                       # the first step to do
 
 
-def start(args: Args, config: dict, device: torch.device, ranks: int, dtype) -> State:
-    """The network, new or as the last checkpoint in --out left it."""
-    found = load_checkpoint(Path(args.out))
+def start(net: torch.nn.Module, args: Args, config: dict, ranks: int) -> State:
+    """A new network, or what the last checkpoint in --out made of it."""
+    found, device = load_checkpoint(Path(args.out)), next(net.parameters()).device
+    average = copy.deepcopy(net).requires_grad_(False)
+    optimizers = optimizers_for(net, args)
     if found:
         same_run(found["config"], config, Path(args.out))
         config = found["config"] | {key: config[key] for key in ("text_encoder", "vae")}
-    torch.manual_seed(args.seed)                                        # of the initial weights
-    net = model.build(config["network"]).to(device)
-    average = copy.deepcopy(net).requires_grad_(False)
-    optimizers = optimizers_for(net, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if found:
         net.load_state_dict(found["net"])
         average.load_state_dict(found["average"])
-        if found["scaler"]:                  # {}: until here in fp32 or bf16, on another machine
-            scaler.load_state_dict(found["scaler"])
         for optimizer, before in zip(optimizers, found["optimizers"]):
             optimizer.load_state_dict(before)
     trained = torch.compile(net) if args.compile else net     # net keeps its names: no _orig_mod
@@ -454,33 +434,27 @@ def start(args: Args, config: dict, device: torch.device, ranks: int, dtype) -> 
         # which some ranks have and some have not, would meet what other ranks send.
         trained = DistributedDataParallel(trained, [device.index] if device.type == "cuda"
                                           else None, broadcast_buffers=False)
-    return State(net, average, trained, optimizers, scaler, config, found["step"] if found else 0)
+    return State(net, average, trained, optimizers, config, found["step"] if found else 0)
 
 
 def optimizers_for(net: torch.nn.Module, args: Args) -> list:
     """One optimizer, or with muon two.
 
-    muon: Muon with decay for the matrices of the inner layers, AdamW without for the rest. adamw:
-    norms, biases and learned tokens are not decayed. lamb (You et al. 2020) is timm's as the
-    release runs its own: no decay and no trust ratio for norms and biases, but both for learned
-    tokens and all of the log-variance; the decay is part of the step that is scaled.
+    muon: Muon with decay for the matrices of the inner layers, AdamW without for the rest. lamb
+    (You et al. 2020) is timm's as the release runs its own: no decay and no trust ratio for norms
+    and biases, but both for learned tokens and all of the log-variance; the decay is part of the
+    step that is scaled.
     """
     if args.optimizer == "muon":
         inner = net.inner_matrices()
         found = [Muon(inner, args.matrix_lr, weight_decay=args.weight_decay),
                  torch.optim.AdamW(others(net, inner), args.lr, (0.9, 0.99), weight_decay=0.0)]
-    elif args.optimizer == "lamb":
+    else:
         from timm.optim import Lamb                              # here: timm takes a second to load
         plain = net.norms_and_biases()
         groups = [dict(params=others(net, plain), weight_decay=args.weight_decay,
                        always_adapt=True), dict(params=plain, weight_decay=0.0)]
         found = [Lamb(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=None)]
-    else:
-        weights = [p for name, p in net.named_parameters() if name.endswith("weight")
-                   and p.ndim == 2]
-        groups = [dict(params=weights, weight_decay=args.weight_decay),
-                  dict(params=others(net, weights), weight_decay=0.0)]
-        found = [torch.optim.AdamW(groups, lr=args.lr)]
     for optimizer in found:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -563,11 +537,19 @@ def start_ranks() -> tuple:
 
 # ------------------------------------------------------------------------------------- checkpoints
 
+def refuse_lost(state: State, done: int, out: Path) -> None:
+    """UserError: the averaged weights, which any gradient of NaN ruins, are not finite."""
+    if not all(w.isfinite().all() for w in state.average.parameters()):
+        newest = max(out.glob("state-*.pt"), default="none")
+        raise UserError(f"the weights are not finite after step {done}; the last good checkpoint "
+                        f"is {newest}: lower --lr or change --precision")
+
+
 def save_checkpoint(out: Path, step: int, state: State) -> None:
     """state-STEP.pt to resume from (the newest two stay), and the pair that sample.py reads."""
     save_pair(out, step, state)
     content = dict(step=step, config=state.config, net=state.net.state_dict(),
-                   average=state.average.state_dict(), scaler=state.scaler.state_dict(),
+                   average=state.average.state_dict(),
                    optimizers=[optimizer.state_dict() for optimizer in state.optimizers])
     # Last: a kill before this line repeats the steps and writes all three again.
     write_whole(out / f"state-{step:08d}.pt", partial(write_state, content))
@@ -592,18 +574,19 @@ def save_pair(folder: Path, step: int, state: State) -> None:
 
 
 def load_checkpoint(out: Path) -> dict | None:
-    """The newest state that can be read, None if there is none. Tensors and plain types alone.
+    """The newest state whose checksums hold, None if there is none. Tensors and plain types alone.
 
     UserError: there are states and none can be read."""
     states = sorted(out.glob("state-*.pt"), reverse=True)
     for path in states:
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            return {key: found[key] for key in ("step", "config", "net", "average", "scaler",
-                                                "optimizers")}
-        # What torch.load raises on damaged files (700 were tried); all of it means "unreadable".
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError,
-                TypeError) as error:
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
+            return torch.load(path, map_location="cpu", weights_only=True)
+        # What these raise on damaged files; all of it means "unreadable".
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError,
+                LookupError, ValueError, struct.error) as error:
             print(f"{path} cannot be read ({first_line(error)}): trying the one before",
                   file=sys.stderr)
     if states:
@@ -620,12 +603,11 @@ def same_run(found: dict, wanted: dict, out: Path) -> None:
         if before != value:
             raise UserError(f"{out} was trained with --{key.replace('_', '-')} {before}, not "
                             f"{value}: pass --out for another folder, or the same flags")
-    found_text, wanted_text = (dict(config["text_encoder"], source=None)      # it may have moved
-                               for config in (found, wanted))
-    same = dict(data=found.get("data") == wanted["data"], bins=found["bins"] == wanted["bins"],
-                text_encoder=found_text == wanted_text)
-    for key, holds in same.items():
-        if not holds:
+    for key in ("data", "bins", "text_encoder"):
+        before, value = found.get(key), wanted[key]
+        if key == "text_encoder":                            # its files may have moved
+            before, value = dict(before, source=None), dict(value, source=None)
+        if before != value:
             raise UserError(f"{out} was begun on other pictures, captions or scores ({key} have "
                             "changed): pass --out for another folder")
 
@@ -633,17 +615,18 @@ def same_run(found: dict, wanted: dict, out: Path) -> None:
 # ----------------------------------------------------------------------------------------- the log
 
 def write_head(out: Path, config: dict, first: int) -> None:
-    """The first line of log.jsonl: config, versions and the source that runs; later, a resume."""
-    head = dict(resume=first)
+    """The first line of log.jsonl: config and versions; the source that runs goes into OUT/code. Of
+    a resume: its step."""
+    log, head = out / "log.jsonl", dict(resume=first)
     if first == 0:
-        sources = {p.name: p.read_text(encoding="utf-8")
-                   for p in sorted(Path(__file__).parent.glob("*.py"))}
-        head = dict(config=config, source=sources, machine=platform.platform(), versions=dict(
-            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-        (out / "log.jsonl").unlink(missing_ok=True)
-    elif (out / "log.jsonl").exists():                       # a kill may have cut the last line
-        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(True)
-        write_text(out / "log.jsonl", "".join(line for line in lines if line.endswith("\n")))
+        head = dict(config=config, machine=platform.platform(), torch=torch.__version__)
+        log.unlink(missing_ok=True)
+        (out / "code").mkdir(exist_ok=True)
+        for file in Path(__file__).parent.glob("*.py"):
+            shutil.copy(file, out / "code")
+    elif log.exists():                                       # a kill may have cut the last line
+        lines = log.read_text(encoding="utf-8").splitlines(True)
+        write_text(log, "".join(line for line in lines if line.endswith("\n")))
     append(out, head)
 
 
@@ -688,7 +671,7 @@ def model_to_show(state: State, args: Args, encoder, bins, batches: Batches,
 def show(out: Path, done: int, state: State, shown: sample.Model, args: Args, batches: Batches,
          device) -> None:
     """Validation, the mean native rewards of up to 48 pictures at all=1 of captions that were kept
-    out (what a reader of the curves waits for), the curves and the grid."""
+    out, and the grid."""
     texts = batches.held_out_captions()
     names = rewards.default_rewards(texts)
     pictures = sample.pictures(shown, texts, ["all=1"] if shown.rewards else [])
@@ -697,7 +680,6 @@ def show(out: Path, done: int, state: State, shown: sample.Model, args: Args, ba
     tqdm.write(f"step {done:6d}  validation {loss:.4f}  at all=1: "
                + "  ".join(f"{name} {value:.3g}" for name, value in reached.items()))
     append(out, dict(step=done, val=loss, reached=reached))
-    draw_curves(out)
     grid = sample.progress_grid(shown)       # last: where it is, the rest is, too
     write_whole(out / f"grid-{done:06d}.png", partial(grid.save, format="png"))
 
@@ -717,39 +699,13 @@ def validate(state: State, batches: Batches, args: Args, device) -> float:
     return float(torch.cat(errors).mean())
 
 
-def draw_curves(out: Path) -> None:
-    """curves.png: the loss, by quarters of t, and the rewards reached at all=1 against steps."""
-    from matplotlib.figure import Figure                       # here: sampling never draws curves
-    lines = [json.loads(line) for line in
-             (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = {line["step"]: line for line in lines if "loss" in line}       # a resume logs twice
-    tested = {line["step"]: line for line in lines if "val" in line}
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    left.semilogy(losses.keys(), [line["loss"] for line in losses.values()], label="training")
-    left.semilogy(tested.keys(), [line["val"] for line in tested.values()], "o-",
-                  label="validation (EMA)")
-    for quarter in range(4):
-        middle.semilogy(losses.keys(), [line["by_t"][quarter] for line in losses.values()],
-                        label=f"t in [{quarter / 4:g}, {quarter / 4 + 0.25:g}]")
-    for name in [*tested.values()][-1]["reached"]:
-        values = np.array([line["reached"].get(name, np.nan) for line in tested.values()])
-        highest = max(1e-9, np.nanmax(np.abs(values)))
-        right.plot(tested.keys(), values / highest, "o-", label=f"{name} (1 = {highest:.3g})")
-    for axis, words in ((left, "mean squared error of v"), (middle, "by quarters of t"),
-                        (right, "reached at all=1, of its highest")):
-        axis.set(xlabel="step", ylabel=words)
-        axis.legend()
-    write_whole(out / "curves.png", partial(figure.savefig, format="png"))
-
-
 def finish(out: Path, shown: sample.Model, embedded: bool) -> None:
     """After the last step: evaluate on the embedded world, say what is there."""
     if embedded:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))              # the others are done
         torch.set_num_threads(ranks_here * torch.get_num_threads())
         evaluate.evaluate_folder(shown, out)
-    print(f"{out} has the checkpoint, log.jsonl, curves.png and grids of pictures; try\n"
+    print(f"{out} has the checkpoint, log.jsonl and grids of pictures; try\n"
           f"python sample.py --checkpoint {shlex.quote(str(out))} --prompt "
           f"{shlex.quote(shown.config['prompts'][0])}")
 
@@ -759,86 +715,32 @@ def finish(out: Path, shown: sample.Model, embedded: bool) -> None:
 def read_args(argv=None) -> tuple[Args, dict]:
     """The flags over the preset's recipe and network: Args, and the fields of model.Config that
     the data do not say. UserError on what cannot be."""
-    parser = argparse.ArgumentParser(description="train MIRO; no argument runs the whole main job")
+    parser = Parser(description="train MIRO; no argument runs the whole main job")
     presets = {name: model.PRESETS[name] | RECIPES[name] for name in RECIPES}
     sizes = [one for one in fields(model.Config) if one.name not in DERIVED]
     for one in (*fields(Args), *sizes):
-        words = one.metadata.get("help", "of the network: see Config in model.py")
-        values = [f"{name} {its[one.name]}" for name, its in presets.items() if one.name in its]
-        if one.metadata.get("low") is not None and one.default is not None:
-            values = [str(one.default)]
-        how = dict(action=argparse.BooleanOptionalAction) if one.type is bool else dict(
-            type=one.type)
-        parser.add_argument("--" + one.name.replace("_", "-"), **how,
-                            help=f"{words} (default: {', '.join(values)})" if values else words)
+        how = dict(one.metadata) or dict(help="of the network: see Config in model.py")
+        low, high = how.pop("low", int(one.type is int)), how.pop("high", 1e6)
+        values = [f"{name} {preset[one.name]}" for name, preset in presets.items()
+                  if one.name in preset] or [one.default]
+        how["help"] += f" (default: {', '.join(map(str, values))})"
+        if one.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = str if one.type is str else number(one.type, low, high)
+        parser.add_argument("--" + one.name.replace("_", "-"), **how)
     given = {key: value for key, value in vars(parser.parse_args(argv)).items()
              if value is not None}
-    preset = given.get("preset", "shapes")
-    if preset not in presets:
-        raise UserError(f"--preset {preset}: there are {' and '.join(presets)}")
-    chosen = presets[preset] | given
+    chosen = presets[given.get("preset", "shapes")] | given
     args = Args(**{one.name: chosen[one.name] for one in fields(Args) if one.name in chosen})
-    args.out = args.out or f"runs/{preset}"
-    network = {one.name: chosen.get(one.name, one.default) for one in sizes}
-    check_args(args, network)
-    return args, network
-
-
-def check_args(args: Args, network: dict) -> None:
-    """UserError, naming the flag, for what no run could have."""
-    limits = [(one.name, getattr(args, one.name), one.metadata["low"], one.metadata["high"])
-              for one in fields(Args) if one.type in (int, float)]
-    limits += [(key, value, 8 if key.endswith("_dim") else 1, 2 ** 31)
-               for key, value in network.items() if type(value) is int]
-    limits += [(key, network[key], low, 100) for key, low in (
-        ("sigma_data", 0.01), ("latent_std", 0), ("patch_bias", 0))]
-    for key, value, low, high in limits:
-        if not low <= value <= high:                                             # not: NaN, too
-            raise UserError(f"--{key.replace('_', '-')} {value}: it is at least {low} and at most "
-                            f"{high:g}")
-    for key, choices in (("optimizer", ("muon", "adamw", "lamb")), ("precision", PRECISIONS)):
-        if getattr(args, key) not in choices:
-            raise UserError(f"--{key} {getattr(args, key)}: there are {', '.join(choices)}")
-    for width, heads in (("latent_dim", "heads"), ("latent_dim", "text_heads"),
-                         ("latent_dim", "read_heads"), ("data_dim", "read_heads")):
-        if network[width] % network[heads]:
-            raise UserError(f"--{width.replace('_', '-')} {network[width]} is shared by "
-                            f"{network[heads]} heads: choose a multiple of {network[heads]}")
-    if network["sincos"] and network["data_dim"] % 4:
-        raise UserError(f"--data-dim {network['data_dim']}: choose a multiple of 4, or --no-sincos")
+    args.out = args.out or f"runs/{args.preset}"
     if args.rewards not in ("all", "none"):
         rewards.check_names([name.strip() for name in args.rewards.split(",")], rewards.REWARDS)
-    for folder in (Path(args.out), *Path(args.out).parents):
-        if folder.is_file():
-            raise UserError(f"--out {args.out}: {folder} is a file, not a folder")
     shares = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if args.batch % shares:
         raise UserError(f"--batch {args.batch} is for all ranks and micro-batches together: "
                         f"choose a multiple of ranks x --accumulate = {shares}")
-
-
-def check_patch(patch: int, side: int) -> None:
-    """UserError: patches do not tile the data."""
-    if side % patch:
-        fitting = ", ".join(str(p) for p in range(2, 9) if side % p == 0)
-        raise UserError(f"--patch {patch} does not divide the side {side} of the data: for example "
-                        f"{fitting}")
-
-
-def dry_run(args: Args, network: dict, device, dtype) -> None:
-    """Say what a run would be: the recipe, the network's size and cost. Writes nothing."""
-    names = {"none": (), "all": rewards.PAPER if args.preset == "paper" else shapes.ANALYTIC}.get(
-        args.rewards, tuple(args.rewards.split(",")))
-    sizes = model.PRESETS[args.preset] | network | dict(rewards=names)
-    sizes["size"] = Data(args.data).side if args.data else sizes["size"]
-    check_patch(sizes["patch"], sizes["size"])
-    config = model.Config(**sizes)
-    net, forward, _ = evaluate.forward_cost(config, 16)
-    for key, value in (asdict(args) | network).items():
-        print(f"{key:16} {value}")
-    print(f"{sum(p.numel() for p in net.parameters()):,} parameters; {forward / 1e9:.4g} GFLOP a "
-          f"forward pass (2 for each multiply-add, 16 text tokens)\ndevice {device}, {dtype}; "
-          "nothing was written")
+    return args, {one.name: chosen.get(one.name, one.default) for one in sizes}
 
 
 if __name__ == "__main__":

@@ -148,31 +148,6 @@ def test_three_branches_are_the_sum_of_their_velocities_by_weight_in_one_call():
         assert torch.equal(call["x_t"], call["x_t"][:B].repeat(3, 1, 1, 1))
 
 
-def test_guidance_acts_only_inside_its_interval_and_each_branch_has_its_own_past_there():
-    model, eps = Recorder(level), torch.zeros(B, 1, 2, 2)
-    x_0 = sample(model, eps, asked(4.0), steps=8, interval=(0.25, 0.75))
-    assert not eps.any() and not any(call["grad"] for call in model.calls)
-    guided = [len(call["x_t"]) == 2 * B for call in model.calls]
-    times = [call["t"][0].item() for call in model.calls]
-    assert times == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
-    assert guided == [False, False, True, True, True, True, True, False]
-    assert model.conditions == 3                        # once before, once inside, once after it
-    assert torch.equal(x_0, torch.full_like(eps, -(3 * 1 + 5 * 5) / 8))  # v̂ = 1 outside, 5 inside
-    latents = [call["z"][:, 0].tolist() for call in model.calls[1:]]
-    assert latents[0] == [[1, 1]] * B and latents[1] == [[2, 1]] * 2 * B     # where it begins all
-    assert latents[2] == [[3, 1]] * B + [[3, 0]] * B          # share one past, then each its own
-    assert latents[-1] == [[7, 1]] * B                        # and the positive one goes on alone
-
-
-@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.5, 1.0)])
-def test_ab2_draws_no_line_through_the_jump_where_guidance_begins_or_ends(interval):
-    eps = noise(B, 2, 2, 2)              # on either side the velocity is constant: Euler is exact
-    wanted, ours = (sample(Recorder(level), eps, asked(3.0), steps=8, solver=solver,
-                           interval=interval) for solver in ("euler", "ab2"))
-    assert torch.allclose(ours, wanted, atol=1e-5)
-    assert not torch.allclose(wanted, sample(Recorder(level), eps, asked(), steps=8), atol=0.1)
-
-
 @pytest.mark.parametrize("w, levels", [(0.0, [1] * B), (2.0, [1] * B + [0] * B)])
 def test_latents_are_handed_on_from_step_to_step_for_each_branch_by_itself(w, levels):
     model = Recorder(level)
@@ -226,5 +201,5 @@ def test_a_shift_multiplies_the_odds_of_noise_against_data_at_every_step(shift):
 
 @pytest.mark.parametrize("solver, steps", [("heun", 10), ("", 10), ("euler", 0), ("ab2", -1)])
 def test_an_unknown_solver_or_no_step_is_refused_before_the_model_runs(solver, steps):
-    with pytest.raises(ValueError, match="use euler or ab2"):
+    with pytest.raises(AssertionError, match=f"{solver}.*{steps}"):
         sample(None, noise(B, 1, 2, 2), asked(), steps, solver)

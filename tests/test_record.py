@@ -48,8 +48,7 @@ def losses(steps: int = 20) -> torch.Tensor:
     sizes = PRESETS["shapes"] | dict(size=12, latents=8, latent_dim=32, data_dim=32, blocks=1)
     torch.manual_seed(0)
     net = TextRIN(Config(**sizes, rewards=("alignment", "contrast")))
-    run = train.State(net, TextRIN(net.config), net, train.optimizers_for(net, args),
-                      torch.amp.GradScaler("cpu", enabled=False), {}, 0)
+    run = train.State(net, TextRIN(net.config), net, train.optimizers_for(net, args), {}, 0)
     numbers, found = torch.Generator().manual_seed(0), []
     for step in range(steps):
         normal = lambda *shape: torch.randn(*shape, generator=numbers)

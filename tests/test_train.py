@@ -79,7 +79,7 @@ def set_up(data, *flags, rank=0, ranks=1) -> SimpleNamespace:
     """What main() has before its network: args, data, bins, config, batches."""
     args, network = train.read_args([*TINY, "--data", str(data), "--out", "not-there",
                                      *map(str, flags)])
-    data, bins = train.prepare(args, 0)
+    data, bins = train.prepare(args, network, 0)
     encoder = train.encoder_for(args, data)
     config = train.describe(args, network, data, bins, encoder)
     batches = train.Batches(args, config, data, bins, encoder, rank, ranks)
@@ -132,7 +132,7 @@ def batch_of(two_captions, **flags) -> list:
 
 def test_each_caption_comes_as_often_with_its_own_levels_and_times_are_logit_normal(two_captions):
     x_0, eps, t, s, text, _, _ = batch_of(two_captions, t_mean=1.2)
-    of_text = two_captions.encoder.encode(TEXTS)[0]
+    of_text = two_captions.encoder.states(TEXTS)
     first, second = ((text == wanted).all((1, 2)) for wanted in of_text)     # (B,) each
     assert torch.equal(first, ~second) and torch.equal(s[:, 0], torch.where(first, 0.25, 0.75))
     assert torch.equal(s[:, 1], torch.arange(20 * N) % N % 5 / 4)
@@ -157,7 +157,7 @@ def test_coins_withhold_their_share_of_levels_or_of_captions_and_nothing_else(tw
     assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(whole, dropped)) if i != 3)
     dropped = batch_of(two_captions, text_dropout=share, self_condition=share)
     assert dropped[6].float().mean() == pytest.approx(share, abs=0.03)
-    empty = (dropped[4][:, :1] == two_captions.encoder.encode([""])[0]).all((1, 2))
+    empty = (dropped[4][:, :1] == two_captions.encoder.states([""])[0]).all((1, 2))
     length = dropped[4].shape[1]                                          # the longest caption's
     assert empty.float().mean() == pytest.approx(share, abs=0.03)
     assert torch.equal(dropped[4][~empty], whole[4][~empty][:, :length])
@@ -254,7 +254,8 @@ def parts(world) -> SimpleNamespace:
 
 def new_run(parts, **flags) -> tuple:
     args = replace(parts.args, **flags)
-    return train.start(args, parts.config, CPU, 1, torch.float32), args
+    torch.manual_seed(args.seed)
+    return train.start(model.build(parts.config["network"]), args, parts.config, 1), args
 
 
 def flat(net) -> torch.Tensor:
@@ -282,7 +283,7 @@ def test_gradient_accumulation_equals_one_large_batch_and_the_norm_is_clipped(pa
     assert norm > 0.1 and clipped.norm() == pytest.approx(1e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["muon", "lamb"])
 @pytest.mark.parametrize("zero_out, steps, dtype", [(False, 3, torch.bfloat16),
                                                     (True, 6, torch.float32)])
 def test_every_parameter_moves_within_a_few_steps(parts, optimizer, zero_out, steps, dtype):
@@ -295,9 +296,8 @@ def test_every_parameter_moves_within_a_few_steps(parts, optimizer, zero_out, st
     assert not [name for name, p in state.net.named_parameters() if torch.equal(p, before[name])]
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_norms_biases_and_learned_tokens_are_not_decayed(parts, optimizer):
-    state, _ = new_run(parts, optimizer=optimizer, weight_decay=0.5)
+def test_muon_decays_no_norms_biases_and_learned_tokens(parts):
+    state, _ = new_run(parts, optimizer="muon", weight_decay=0.5)
     names = {id(p): name for name, p in state.net.named_parameters()}
     groups = [group for each in state.optimizers for group in each.param_groups]
     decayed = [names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]]
@@ -337,19 +337,6 @@ def test_the_average_moves_once_an_optimizer_step_by_its_formula(parts):
         decay = min(0.3, (1 + step) / (10 + step))
         wanted = decay * wanted + (1 - decay) * flat(state.net)
         assert torch.allclose(flat(state.average), wanted, atol=1e-6)
-
-
-def test_fp16_skips_a_step_that_overflows_and_stops_when_all_do(parts):
-    state, args = new_run(parts)
-    state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    train.train_step(state, args, 0, parts.batch, 1, torch.float32)
-    before = flat(state.net)
-    state.net.patch_in.weight.register_hook(lambda grad: grad * math.inf)    # of AdamW, not of Muon
-    for step in (1, 2):                                               # its scale: 4, 2, 1
-        train.train_step(state, args, step, parts.batch, 1, torch.float32)
-    assert torch.equal(flat(state.net), before)
-    with pytest.raises(FloatingPointError):
-        train.train_step(state, args, 3, parts.batch, 1, torch.float32)
 
 
 def test_the_validation_loss_has_fixed_noise_true_levels_and_no_dropout(parts, monkeypatch):
@@ -401,14 +388,14 @@ def assert_equal_runs(one, other) -> None:
 def test_kill_9_at_any_moment_of_a_checkpoint_loses_nothing(world, checkpoint, child, tmp_path):
     out = tmp_path / "run"
     arguments = [*TINY, "--data", world, "--out", out, *EIGHT]
-    # Files of steps 2, 4, 6 and 8: model, config, state; then curves and grid. A resume writes the
+    # Files of steps 2, 4, 6 and 8: model, config, state; then the grid. A resume writes the
     # log first. Each line starts from what the one before has left.
     for kill, left in ((("save", 1), []),                     # in the middle of the first state
                        (("replace", 3), []),                  # the state is written, has no name
                        (("replace", 6), [2]),                 # the state of step 4
                        (("replace", 6), [2, 4]),              # config.json of step 6
                        (("replace", 7), [4, 6]),              # the last state; its model is there
-                       (("fsync", 6), [6, 8]),                # the grid of step 8
+                       (("fsync", 5), [6, 8]),                # the grid of step 8
                        (("replace", 2), [6, 8])):             # the same, of a run at its end
         process = child("train.py", arguments, tmp_path, kill=kill)
         process.join()
@@ -460,7 +447,8 @@ def test_a_run_keeps_two_states_of_plain_types_its_average_and_its_own_source(ch
     average = load_file(checkpoint / "model.safetensors")             # no module., no _orig_mod.
     assert same(average, dict(state_of(checkpoint)["average"]))
     assert average.keys() == model.build(config["network"]).state_dict().keys()
-    assert head["source"] == {path.name: path.read_text() for path in ROOT.glob("*.py")}
+    assert {path.name: path.read_text() for path in (checkpoint / "code").iterdir()} == {
+        path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 
 @dataclass(frozen=True)
@@ -478,7 +466,7 @@ def test_a_run_is_resumed_in_another_precision_and_not_with_other_flags_or_data(
     plain, twisted = set_up(world, *EIGHT), set_up(world, *EIGHT, "--twist", 2)
     assert new_run(twisted)[0].net.config.twist == 2
     args = replace(plain.args, out=str(checkpoint))
-    assert train.start(args, plain.config, CPU, 1, torch.float16).start == 8    # begun in fp32
+    assert train.start(new_run(plain)[0].net, args, plain.config, 1).start == 8
     train.same_run(found, plain.config, checkpoint)      # an old run does not know it: its default
     args, text = plain.config["args"], dict(plain.config["text_encoder"], length=3)
     for wanted, said in ((dict(args=args | dict(lr=0.1)), "trained with --lr 0.002, not 0.1"),
@@ -525,10 +513,11 @@ def test_two_ranks_equal_one(world, child, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_state(world, tmp_path):
     flags = [*TINY, "--data", world, "--out", tmp_path / "run", "--lr", 1e18, "--steps", 8]
-    for more, state in (((), "none"), (("--save-every", 1), tmp_path / "run/state-00000001.pt")):
+    for more, step, state in (((), 8, "none"), (("--log-every", 1), 2, "none"),
+                              (("--save-every", 1), 2, tmp_path / "run/state-00000001.pt")):
         code, _, stderr = run("train.py", *flags, *more)
         assert code == 2 and len(said := sentences(stderr)) == 1, stderr
-        assert f"not finite at step 1; the last good checkpoint is {state}: lower --lr" in said[0]
+        assert f"not finite after step {step}; the last good checkpoint is {state}: " in said[0]
     assert train.load_checkpoint(tmp_path / "run")["step"] == 1
 
 
@@ -541,8 +530,8 @@ def test_one_command_scores_bins_trains_and_evaluates_the_world(tmp_path, monkey
     code, stdout, stderr = run("train.py", *TINY, "--world", 300, "--steps", 2, "--keep-every", 1)
     assert code == 0, stderr
     written = {str(path.relative_to("runs")) for path in Path("runs").rglob("*")}
-    assert {"world/bins.json", "shapes/model.safetensors", "shapes/log.jsonl", "shapes/curves.png",
-            "shapes/grid-000002.png", "shapes/evaluation.json", "shapes/state-00000002.pt",
+    assert {"world/bins.json", "shapes/model.safetensors", "shapes/log.jsonl", "shapes/grid-000002.png",
+             "shapes/evaluation.json", "shapes/state-00000002.pt",
             "shapes/step-000001/model.safetensors"} <= written
     config = json.loads(Path("runs/shapes/config.json").read_text())
     assert config["network"]["rewards"] == [*shapes.ANALYTIC]
