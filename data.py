@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}: see python {self.prog} --help")
 
 
-def number(kind: type, low: float = 0, high: float = 2 ** 62) -> Callable:
+def between(kind: type, low: float = 0, high: float = 2 ** 62) -> Callable:
     """The type of a flag that is a number from low to high."""
     def value(text: str) -> float:
         found = kind(text)

@@ -51,11 +51,11 @@ class Config:
         for one in fields(self)[1:]:
             value, least = getattr(self, one.name), int(one.type is int)
             assert isinstance(value, (one.type, int)) and least <= value < 1e6, \
-                f"{one.name} is {value}, and must be of type {one.type.__name__} and {least} or more"
-        for whole, part in (("size", "patch"), ("latent_dim", "heads"), ("latent_dim", "text_heads"),
-                            ("latent_dim", "read_heads"), ("data_dim", "read_heads")):
-            n, share = getattr(self, whole), getattr(self, part)
-            assert n % share == 0, f"{whole} {n} is no multiple of {part} {share}"
+                f"{one.name} is {value}, not of type {one.type.__name__} and {least} or more"
+        for key, part in (("size", "patch"), ("latent_dim", "heads"), ("latent_dim", "text_heads"),
+                          ("latent_dim", "read_heads"), ("data_dim", "read_heads")):
+            n, share = getattr(self, key), getattr(self, part)
+            assert n % share == 0, f"{key} {n} is no multiple of {part} {share}"
         for key in ("latent_dim", "data_dim"):
             width = getattr(self, key)
             assert width >= 8 and width % 4 == 0, f"{key} {width} is no multiple of 4 from 8 on"

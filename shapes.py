@@ -7,10 +7,8 @@ framed. They stay, labelled as bad by their rewards.
 
     python shapes.py runs/world --n 10000 --seed 0      # DATA, in the format of data.py
 """
-import argparse
 import hashlib
 import inspect
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -24,8 +22,8 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 from tqdm import tqdm
 
-from data import (Shard, UserError, first_line, pack, read_json, run, shard_paths,
-                  stream, write_info, write_shard)
+from data import (Parser, Shard, UserError, between, make_folder, pack, read_json, run,
+                  shard_paths, stream, write_info, write_shard)
 
 SHAPES = ("circle", "square", "triangle")
 HUES = {"red": 0, "yellow": 52, "green": 125, "cyan": 185, "blue": 232, "pink": 310}  # degrees
@@ -96,23 +94,14 @@ class Claims:
 
 def write_world(folder, n: int, seed: int, size: int = SIZE, shard: int = 1000) -> None:
     """Write n samples as DATA, `shard` of them a file: the same for the same arguments. Finished
-    shards stay: run again after an interruption. UserError: an argument is out of range, or the
-    folder holds other data."""
-    if n < 1 or not 16 <= size <= 512 or seed < 0:
-        raise UserError("--n must be at least 1, --size between 16 and 512, --seed at least 0")
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} is no folder and cannot be made one ({first_line(error)}): name "
-                        "another") from error
+    shards stay: run again after an interruption. UserError: the folder holds other data."""
+    folder = make_folder(folder, "the world's folder")
     start = [sample(seed, i, size) for i in range(min(n, 16))]      # an older shapes.py drew others
     drawn = hashlib.sha256(b"".join(x.tobytes() + caption.encode() for x, caption, _ in start))
     world = dict(n=n, seed=seed, size=size, shard=shard, drawn=drawn.hexdigest()[:16])
     info, notes = folder / "data.json", [Shard(path).metadata for path in shard_paths(folder)]
-    before = [json.loads(note.get("world", "{}")) for note in notes]
-    before += [read_json(info).get("world")] if info.exists() else []
-    for other in before:
+    notes += [read_json(info)] if info.exists() else []
+    for other in (note.get("world") for note in notes):
         if other != world:
             raise UserError(f"{folder} holds {other or 'other data'}, not of the world {world}: "
                             "remove it, or draw this world elsewhere with python shapes.py OUT and "
@@ -127,7 +116,7 @@ def write_world(folder, n: int, seed: int, size: int = SIZE, shard: int = 1000) 
             captions, caption_ends = pack(texts)
             write_shard(path, dict(pixels=np.stack(pictures).transpose(0, 3, 1, 2), keys=keys,
                                    key_ends=key_ends, captions=captions, caption_ends=caption_ends,
-                                   pair_ends=np.arange(1, len(texts) + 1)), world=json.dumps(world))
+                                   pair_ends=np.arange(1, len(texts) + 1)), world=world)
     if not info.exists():                                  # longest: of a caption, in words
         write_info(folder, dict(kind="pixels", size=size, shards=shards, samples=n, pairs=n,
                                 left_out={}, words=list(WORDS), longest=11, world=world))
@@ -496,11 +485,11 @@ def version(name: str) -> str:
 
 def main():
     """Write some of the embedded world."""
-    parser = argparse.ArgumentParser(description="write the embedded world as DATA")
+    parser = Parser(description="write the embedded world as DATA")
     parser.add_argument("data", help="folder to write to")
-    parser.add_argument("--n", type=int, default=10000, help="pictures")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=SIZE, help="side in pixels")
+    parser.add_argument("--n", type=between(int, 1), default=10000, help="pictures")
+    parser.add_argument("--seed", type=between(int), default=0)
+    parser.add_argument("--size", type=between(int, 16, 512), default=SIZE, help="side in pixels")
     args = parser.parse_args()
     write_world(args.data, args.n, args.seed, args.size)
 

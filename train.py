@@ -44,7 +44,7 @@ import rewards
 import sample
 import shapes
 from data import (PRECISIONS, T5, VAE, Data, Order, Parser, Shard, UserError, Words, best_device,
-                  first_line, make_folder, number, pad, precision, refuse_too_many, run, span,
+                  between, first_line, make_folder, pad, precision, refuse_too_many, run, span,
                   stream, write_text, write_whole)
 
 
@@ -226,8 +226,8 @@ class Batches(torch.utils.data.Dataset):
             self.without[shard] = np.union1d(self.without[shard], [row])
         self.order = Order([n - len(rows) for n, rows in zip(counts, self.without)], args.seed)
         if not self.held_out or not len(self.order):
-            raise UserError(f"{data.path} has {len(self.order)} samples with all scores to train on "
-                            f"and {len(self.held_out)} to validate on: at least 1 of each is needed")
+            raise UserError(f"{data.path} has {len(self.order)} samples with all scores to train "
+                            f"on, {len(self.held_out)} to validate on: at least 1 of each is needed")
 
     def digest(self) -> str:
         """16 hex digits of the samples and of those without scores: a run resumes on the same, and
@@ -727,7 +727,7 @@ def read_args(argv=None) -> tuple[Args, dict]:
         if one.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = str if one.type is str else number(one.type, low, high)
+            how["type"] = str if one.type is str else between(one.type, low, high)
         parser.add_argument("--" + one.name.replace("_", "-"), **how)
     given = {key: value for key, value in vars(parser.parse_args(argv)).items()
              if value is not None}

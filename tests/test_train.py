@@ -530,8 +530,8 @@ def test_one_command_scores_bins_trains_and_evaluates_the_world(tmp_path, monkey
     code, stdout, stderr = run("train.py", *TINY, "--world", 300, "--steps", 2, "--keep-every", 1)
     assert code == 0, stderr
     written = {str(path.relative_to("runs")) for path in Path("runs").rglob("*")}
-    assert {"world/bins.json", "shapes/model.safetensors", "shapes/log.jsonl", "shapes/grid-000002.png",
-             "shapes/evaluation.json", "shapes/state-00000002.pt",
+    assert {"world/bins.json", "shapes/model.safetensors", "shapes/log.jsonl",
+            "shapes/grid-000002.png", "shapes/evaluation.json", "shapes/state-00000002.pt",
             "shapes/step-000001/model.safetensors"} <= written
     config = json.loads(Path("runs/shapes/config.json").read_text())
     assert config["network"]["rewards"] == [*shapes.ANALYTIC]
