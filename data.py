@@ -19,11 +19,14 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
+import platform
 import re
 import shlex
 import stat
@@ -35,11 +38,13 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -65,18 +70,78 @@ class UserError(Exception):
 
 
 def run(main: Callable) -> None:
-    """A program: a user's mistake ends in its sentence and exit code 2, a bug in its traceback."""
+    """A program: a user's mistake ends in its sentence and exit code 2, a bug in its traceback. Of
+    the ranks of a run the first that ends says why, and the others, who lose it, are quiet."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")     # captions that a terminal cannot show
     try:
         main()
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        end(str(error), 2)
+    except KeyboardInterrupt:
+        end("stopped: the same command goes on", 130)
     except torch.cuda.OutOfMemoryError as error:
-        print(f"the GPU's memory is full ({first_line(error)}): pass a smaller --batch (train.py: "
-              "a larger --accumulate)", file=sys.stderr)
-        sys.exit(2)
+        end(f"the GPU's memory is full ({first_line(error)}): pass a smaller --batch (train.py: a "
+            "larger --accumulate; rewards.py: name fewer --rewards)", 2)
+    except Exception as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            first_to_say()
+            raise
+        end(f"another rank has ended or never came ({first_line(error)}): run the command again", 1)
+    finally:
+        for file in HELD.values():
+            file.close()
+        HELD.clear()
+
+
+def end(why: str, code: int) -> None:
+    """Say why a program ends, if no other rank has done so, and end it."""
+    if first_to_say():
+        print(why, file=sys.stderr)
+    sys.exit(code)
+
+
+def first_to_say() -> bool:
+    """Is this the first rank of a run to end? True also if there is one alone, or none answers."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:
+        return rank_store(timedelta(seconds=5)).add("ended", 1) == 1
+    except dist.DistError:
+        return True
+
+
+def rank_store(timeout: timedelta) -> dist.Store:
+    """What the ranks of a run share, also before and after they are a process group."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"miro-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+HELD = {}                     # the file of each folder's lock, open until the program ends
+
+
+def hold(folder: str | Path, shared: bool = False, rank: int = 0, ranks: int = 1) -> None:
+    """Keep others from writing a folder until the program ends; shared: they may hold it like this,
+    too. Of several ranks each holds its byte of the lock. UserError: another process holds it."""
+    path = Path(folder).resolve() / ".lock"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return                                                  # read-only: nobody writes here
+    file = HELD[path] = open(path, "a+", encoding="utf-8")
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB, *((1, rank) if ranks > 1 else ()))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):         # else: a disk without locks
+            file.seek(0)
+            raise UserError(f"{folder} is in use by {file.read()}: wait for it, or name another "
+                            "folder") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    if not shared and ranks == 1:
+        for torn in path.parent.glob(".*.tmp"):                 # of processes that were killed
+            torn.unlink(missing_ok=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,6 +181,7 @@ def write_whole(path: Path, write: Callable) -> None:
     umask = os.umask(0)
     os.umask(umask)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.chmod(temporary, 0o666 & ~umask)
         with open(temporary, "rb+") as file:

@@ -18,7 +18,7 @@ import os
 import pickle
 import platform
 import shlex
-import shutil
+import signal
 import struct
 import sys
 import time
@@ -44,8 +44,8 @@ import rewards
 import sample
 import shapes
 from data import (PRECISIONS, T5, VAE, Data, Order, Parser, Shard, UserError, Words, best_device,
-                  between, first_line, make_folder, pad, precision, refuse_too_many, run, span,
-                  stream, write_text, write_whole)
+                  between, end, first_line, hold, make_folder, pad, precision, rank_store,
+                  refuse_too_many, run, span, stream, write_text, write_whole)
 
 
 def flag(default, words: str, low: float = 0, high: float = 2 ** 62, choices=None):
@@ -78,6 +78,7 @@ class Args:
     bins: int = flag(None, "reward levels", 2, 2 ** 16)
     world: int = flag(10000, "pictures of the embedded world", 1)
     val: int = flag(256, "samples kept out for validation, at most a tenth of all", 1)
+    wait: float = flag(10.0, "minutes that ranks wait for one that does not come", 0.01)
     seed: int = flag(0, "of weights, order and noise (the embedded world has its own)")
     precision: str = flag("auto", "auto: bf16 on CUDA, else fp32", choices=PRECISIONS)
     compile: bool = flag(False, "torch.compile")
@@ -101,7 +102,8 @@ RECIPES = {
                   bins=64, workers=8, save_every=5000, sample_every=10_000),
 }
 FREE = ("data", "out", "accumulate", "compile", "workers", "log_every", "save_every",
-        "keep_every", "sample_every", "text_encoder", "vae")       # may change on resuming
+        "keep_every", "sample_every", "text_encoder", "vae", "wait")   # may change on resuming
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)    # end a run in good order
 DERIVED = ("rewards", "channels", "size", "text_dim")    # of model.Config: the data say these
 
 
@@ -110,8 +112,10 @@ DERIVED = ("rewards", "channels", "size", "text_dim")    # of model.Config: the 
 def main(argv=None):
     """The whole run, in the order in which things happen."""
     args, network = read_args(argv)
-    device, rank, ranks = start_ranks()
+    device, rank, ranks = start_ranks(args.wait)
     out, dtype = make_folder(args.out, "--out"), precision(args.precision, device)
+    if rank == 0:
+        hold(out)
     keep_freed_memory()
     data, bins = prepare(args, network, rank)
     encoder = encoder_for(args, data)
@@ -119,6 +123,7 @@ def main(argv=None):
     batches = Batches(args, config, data, bins, encoder, rank, ranks)
     config["prompts"] = config["prompts"] or batches.held_out_captions()[:6]
     config["data"] = batches.digest()
+    compare_ranks(config, rank, ranks)
     torch.manual_seed(args.seed)                                        # of the initial weights
     net = model.build(config["network"]).to(device)
     state = start(net, args, config, ranks)
@@ -129,17 +134,17 @@ def main(argv=None):
         if state.start and unseen and due(state.start, args.sample_every, args):
             show(out, state.start, state, shown, args, batches, device)   # a kill came before it
 
-    losses, began = [], time.time()
+    losses, began, stops = [], time.time(), listen()
     bar = tqdm(total=args.steps, initial=state.start, desc="training", unit="step",
                disable=True if rank else None)                 # None: where there is no terminal
     for step, batch in enumerate(batches.loader(state.start), state.start):
         batch = on_device(batch, device)
         mse, norm = train_step(state, args, step, batch, ranks, dtype)
-        done = step + 1
+        done, stop = step + 1, agreed(stops, ranks)
         bar.update()
         losses.append((mse, batch[2]))
-        if any(due(done, every, args) for every in (args.log_every, args.keep_every,
-                                                    args.save_every)):
+        if stop or any(due(done, every, args) for every in (args.log_every, args.keep_every,
+                                                            args.save_every)):
             refuse_lost(state, done, out)
         if due(done, args.log_every, args):
             rate = len(losses) * args.batch / (time.time() - began)
@@ -148,8 +153,11 @@ def main(argv=None):
         paused = time.time()
         if rank == 0 and due(done, args.keep_every, args):
             save_pair(out / f"step-{done:06d}", done, state)
-        if rank == 0 and due(done, args.save_every, args):
+        if rank == 0 and (stop or due(done, args.save_every, args)):
             save_checkpoint(out, done, state)
+        if stop:
+            end(f"stopped by {signal.Signals(stop).name} after step {done}, whose checkpoint is in "
+                f"{out}: the same command goes on", 128 + stop)
         if rank == 0 and due(done, args.sample_every, args):
             show(out, done, state, shown, args, batches, device)
         began += time.time() - paused                          # img/s counts training alone
@@ -158,6 +166,28 @@ def main(argv=None):
         dist.destroy_process_group()
     if rank == 0:
         finish(out, shown, embedded=args.data is None)
+
+
+def listen() -> list[int]:
+    """The signals of STOPS that came, from now on; a second one ends the process at once."""
+    came, before = [], {}
+
+    def note(number: int, frame) -> None:
+        came.append(number)
+        for other in STOPS:
+            signal.signal(other, before[other])
+
+    for number in STOPS:
+        before[number] = signal.signal(number, note)
+    return came
+
+
+def agreed(came: list[int], ranks: int) -> int:
+    """A signal that came to any rank, 0: none. All ranks hear of it after the same step."""
+    number = torch.tensor(came[0] if came else 0)
+    if ranks > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
 
 
 def due(done: int, every: int, args: Args) -> bool:
@@ -227,7 +257,7 @@ class Batches(torch.utils.data.Dataset):
         self.order = Order([n - len(rows) for n, rows in zip(counts, self.without)], args.seed)
         if not self.held_out or not len(self.order):
             raise UserError(f"{data.path} has {len(self.order)} samples with all scores to train "
-                            f"on, {len(self.held_out)} to validate on: at least 1 of each is needed")
+                            f"on, {len(self.held_out)} to validate on: 1 of each is needed")
 
     def digest(self) -> str:
         """16 hex digits of the samples and of those without scores: a run resumes on the same, and
@@ -247,7 +277,7 @@ class Batches(torch.utils.data.Dataset):
         fork = "fork" if self.args.workers and sys.platform == "linux" else None
         return torch.utils.data.DataLoader(
             self, batch_size=None, sampler=range(first, self.args.steps),
-            num_workers=self.args.workers, multiprocessing_context=fork,
+            num_workers=self.args.workers, multiprocessing_context=fork, worker_init_fn=deafen,
             generator=torch.Generator())                # its own: the run's stream is left alone
 
     def __getitem__(self, step: int) -> list:
@@ -307,6 +337,12 @@ class Batches(torch.utils.data.Dataset):
         return self.known[number]
 
 
+def deafen(worker: int) -> None:
+    """Workers leave signals, which may go to all processes of a job, to the process of the rank."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def unscored(shard: Shard, names: tuple) -> np.ndarray:
     """The rows of a shard that lack one of these scores, ascending: its header says which."""
     failed = rewards.read_header(shard)["failed"] if names else {}
@@ -347,9 +383,9 @@ def prepare(args: Args, network: dict, rank: int) -> tuple:
             from error
     if rank == 0 and not args.data:
         shapes.write_world(path, args.world, seed=0)
-    if dist.is_initialized():
-        dist.barrier()
+    follow(rank, "world")
     data = Data(path)
+    hold(path, shared=True)
     if args.rewards == "none":
         return data, None
     if rank == 0:
@@ -360,8 +396,7 @@ def prepare(args: Args, network: dict, rank: int) -> tuple:
         failed = rewards.score_dataset(data, own) if own else {}
         refuse_too_many(len(failed), data.rows, path, "python rewards.py lists them")
         binning.fitted(path, binning.scored_names(path), args.bins)
-    if dist.is_initialized():
-        dist.barrier()
+    follow(rank, "scores")
     scored = binning.scored_names(path)
     asked = scored if args.rewards == "all" else rewards.choose_rewards(args.rewards, data)
     for name in asked:
@@ -369,6 +404,15 @@ def prepare(args: Args, network: dict, rank: int) -> tuple:
             raise UserError(f"{path} has no scores of {name}: make them with python rewards.py "
                             f"{path} --rewards {name}")
     return data, binning.fitted(path, scored, args.bins).select(asked)
+
+
+def follow(rank: int, what: str) -> None:
+    """Other ranks wait here until rank 0, which may score for hours, has come here, too."""
+    if dist.is_initialized():
+        store = rank_store(timedelta(days=30))
+        if rank == 0:
+            store.set(what, "is there")
+        store.wait([what])
 
 
 def encoder_for(args: Args, data: Data) -> Words | T5:
@@ -523,16 +567,29 @@ def keep_freed_memory() -> None:
         libc.mallopt(-2, 2 ** 28)                                 # M_TOP_PAD
 
 
-def start_ranks() -> tuple:
-    """(device, rank, ranks): one process alone, or torchrun's, over nccl on CUDA and gloo else."""
+def start_ranks(minutes: float) -> tuple:
+    """(device, rank, ranks): one process alone, or torchrun's; what lies on the CPU goes over gloo,
+    what lies on CUDA over nccl."""
     device = best_device()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))       # rank 0 may score for a while
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(minutes=minutes))
     return device, rank, ranks
+
+
+def compare_ranks(config: dict, rank: int, ranks: int) -> None:
+    """UserError: this rank has read other data, bins or flags than rank 0, on another machine."""
+    if ranks > 1:
+        content = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        mine = torch.tensor(int(content[:15], 16))
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        if first != mine:
+            raise UserError(f"rank {rank} has other data, bins or flags than rank 0: give the same "
+                            "DATA and flags to all")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -567,7 +624,6 @@ def write_state(content: dict, path: Path) -> None:
 
 def save_pair(folder: Path, step: int, state: State) -> None:
     """What sample.py reads: model.safetensors, the averaged weights, with config.json."""
-    folder.mkdir(exist_ok=True)
     weights = {name: w.contiguous().cpu() for name, w in state.average.state_dict().items()}
     write_whole(folder / "model.safetensors", partial(save_file, weights))
     write_text(folder / "config.json", json.dumps(state.config | dict(step=step)))
@@ -615,15 +671,15 @@ def same_run(found: dict, wanted: dict, out: Path) -> None:
 # ----------------------------------------------------------------------------------------- the log
 
 def write_head(out: Path, config: dict, first: int) -> None:
-    """The first line of log.jsonl: config and versions; the source that runs goes into OUT/code. Of
-    a resume: its step."""
+    """The first line of log.jsonl: config and versions; the source that runs goes into code.json.
+    Of a resume: its step."""
     log, head = out / "log.jsonl", dict(resume=first)
     if first == 0:
         head = dict(config=config, machine=platform.platform(), torch=torch.__version__)
         log.unlink(missing_ok=True)
-        (out / "code").mkdir(exist_ok=True)
-        for file in Path(__file__).parent.glob("*.py"):
-            shutil.copy(file, out / "code")
+        code = {file.name: file.read_text(encoding="utf-8")
+                for file in sorted(Path(__file__).parent.glob("*.py"))}
+        write_text(out / "code.json", json.dumps(code, indent=0))
     elif log.exists():                                       # a kill may have cut the last line
         lines = log.read_text(encoding="utf-8").splitlines(True)
         write_text(log, "".join(line for line in lines if line.endswith("\n")))
@@ -631,9 +687,13 @@ def write_head(out: Path, config: dict, first: int) -> None:
 
 
 def append(out: Path, line: dict) -> None:
-    """One more line of log.jsonl."""
-    with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """One more line of log.jsonl. UserError: it cannot be written."""
+    try:
+        with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UserError(f"{out}/log.jsonl cannot be written ({error.strerror}): make room") \
+            from error
 
 
 def write_line(out: Path, done: int, losses: list, norm: float, rate: float, rank: int) -> None:

@@ -388,11 +388,11 @@ def assert_equal_runs(one, other) -> None:
 def test_kill_9_at_any_moment_of_a_checkpoint_loses_nothing(world, checkpoint, child, tmp_path):
     out = tmp_path / "run"
     arguments = [*TINY, "--data", world, "--out", out, *EIGHT]
-    # Files of steps 2, 4, 6 and 8: model, config, state; then the grid. A resume writes the
-    # log first. Each line starts from what the one before has left.
+    # Files of steps 2, 4, 6 and 8: model, config, state; then the grid. A start writes
+    # code.json first, a resume the log. Each line starts from what the one before has left.
     for kill, left in ((("save", 1), []),                     # in the middle of the first state
-                       (("replace", 3), []),                  # the state is written, has no name
-                       (("replace", 6), [2]),                 # the state of step 4
+                       (("replace", 4), []),                  # the state is written, has no name
+                       (("replace", 7), [2]),                 # the state of step 4
                        (("replace", 6), [2, 4]),              # config.json of step 6
                        (("replace", 7), [4, 6]),              # the last state; its model is there
                        (("fsync", 5), [6, 8]),                # the grid of step 8
@@ -447,7 +447,7 @@ def test_a_run_keeps_two_states_of_plain_types_its_average_and_its_own_source(ch
     average = load_file(checkpoint / "model.safetensors")             # no module., no _orig_mod.
     assert same(average, dict(state_of(checkpoint)["average"]))
     assert average.keys() == model.build(config["network"]).state_dict().keys()
-    assert {path.name: path.read_text() for path in (checkpoint / "code").iterdir()} == {
+    assert json.loads((checkpoint / "code.json").read_text()) == {
         path.name: path.read_text() for path in ROOT.glob("*.py")}
 
 
