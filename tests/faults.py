@@ -170,7 +170,7 @@ class Bench:
         """The same command again: is what it leaves that of a run left alone?"""
         codes, said, hung = Job(name, place).end()
         equal = not any(codes) and artefacts(place) == self.wanted[name]
-        note(count, said, hung)
+        note(count, said, hung, 0)
         count["recovered" if equal else "lost"] += 1
         if not equal:
             different = {file for file, content in self.wanted[name].items()
@@ -178,8 +178,8 @@ class Bench:
             complain(name, codes, said, different)
 
 
-def note(count: Counter, said: list, hung: bool) -> None:
-    count["tries"] += 1
+def note(count: Counter, said: list, hung: bool, tries: int = 1) -> None:
+    count["tries"] += tries
     count["hung"] += hung
     if hung or any("Traceback" in text for text in said):
         count["tracebacks"] += not hung
