@@ -105,6 +105,15 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def make_folder(folder: str | Path) -> Path:
+    """A folder, made if it is not there. UserError: nothing can be written into it."""
+    with contextlib.suppress(OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: name another folder")
+    return Path(folder)
+
+
 def read_json(path: Path) -> dict:
     """A file with one JSON object. UserError: it is not there, or it is something else."""
     try:

@@ -24,7 +24,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 from tqdm import tqdm
 
-from data import (Shard, UserError, first_line, pack, read_json, run, shard_paths,
+from data import (Shard, UserError, make_folder, pack, read_json, run, shard_paths,
                   stream, write_info, write_shard)
 
 SHAPES = ("circle", "square", "triangle")
@@ -99,12 +99,7 @@ def write_world(folder, n: int, seed: int, size: int = 24, shard: int = 1000) ->
     folder holds other data."""
     if n < 1 or not 16 <= size <= 512 or seed < 0:
         raise UserError("--n must be at least 1, --size between 16 and 512, --seed at least 0")
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} is no folder and cannot be made one ({first_line(error)}): name "
-                        "another") from error
+    folder = make_folder(folder)
     start = [sample(seed, i, size) for i in range(min(n, 16))]      # an older shapes.py drew others
     drawn = hashlib.sha256(b"".join(x.tobytes() + caption.encode() for x, caption, _ in start))
     world = dict(n=n, seed=seed, size=size, shard=shard, drawn=drawn.hexdigest()[:16])
