@@ -233,16 +233,16 @@ def compare(folders: Sequence[str], out: Path, args) -> str:
     if paired and args.curve and len(kept) == 1 and () not in kept:
         [steps], found = kept, gather(rivals, out, args, args.curve, kept=True)
         curves = {label: values.mean(2) for label, values in found.items()}      # (seeds, steps, M)
-        draw(curves, MEASURES, steps, "steps", out / "convergence.png", 10)
         tables.append(race(curves, steps, "speed-up"))
+        draw(curves, MEASURES, steps, "steps", out / "convergence.png", 10)
     if paired and args.candidates:
         sizes, curves = [2 ** k for k in range(args.candidates.bit_length())], {}
         for label, values in gather(rivals, out, args, args.best, sizes[-1]).items():
             split = [values.reshape(len(values), -1, size, len(MEASURES)) for size in sizes]
             best = [part.max(2).mean(1) for part in split]                       # (seeds, M) each
             curves[label] = np.stack(best, 1)                                    # (seeds, sizes, M)
-        draw(curves, MEASURES, sizes, "best of N", out / "best_of_n.png", 2)
         tables.append(race(curves, sizes, "best of N"))
+        draw(curves, MEASURES, sizes, "best of N", out / "best_of_n.png", 2)
     write_text(out / "compare.txt", "\n\n".join(tables) + "\n")
     return "\n\n".join(tables)
 
@@ -278,13 +278,14 @@ def gather(groups: dict[str, dict[int, Path]], out: Path, args, n: int, each: in
     found = {label: [] for label in groups}
     for label, group in groups.items():
         for folder in tqdm(group.values(), desc=label, unit="run", leave=False, disable=None):
-            places = sorted(folder.glob("step-*")) if kept else [folder]
-            models, targets = [sample.load(place) for place in places], ()
-            if models[0].rewards == ANALYTIC:
-                targets = args.targets
-                for model in models:
+            values = []
+            for place in sorted(folder.glob("step-*")) if kept else [folder]:
+                model, targets = sample.load(place), ()
+                if model.rewards == ANALYTIC:
                     sample.set_sampler(model, args)
-            found[label].append([measured(model, out, n, each, targets) for model in models])
+                    targets = args.targets
+                values.append(measured(model, out, n, each, targets))            # (n each, M)
+            found[label].append(values)
     return {label: np.array(values) for label, values in found.items()}
 
 
@@ -315,17 +316,18 @@ def geneval(folder: Path, models: str | None) -> str:
     UserError: there is none; it, or its metadata, is broken; a network's files are missing."""
     pictures, lines = sorted(folder.glob("[0-9]*/samples/[0-9]*.png")), []
     if not pictures:
-        raise UserError(f"{folder} has no NNNNN/samples/0000.png beside NNNNN/metadata.jsonl: make "
-                        f"them with python sample.py --prompts assets/geneval.jsonl --n 4 --out "
-                        f"{folder}")
+        raise UserError(f"{folder} has no NNNNN/samples/0000.png: make pictures with python "
+                        f"sample.py --prompts assets/geneval.jsonl --n 4 --out {folder}")
     detector, colors = Detector(models, best_device()), Colors(models, best_device())
     for path in tqdm(pictures, desc="judging", unit="picture", disable=None):
-        wanted = read_json(path.parents[1] / "metadata.jsonl")
+        file = path.parents[1] / "metadata.jsonl"
+        wanted = read_json(file)
+        if not {"tag", "prompt"} <= wanted.keys():
+            raise UserError(f"{file} has no tag: GenEval is of prompts of assets/geneval.jsonl")
         try:
-            image, _ = to_rgb(decode(path.read_bytes())), wanted["tag"]
+            image = to_rgb(decode(path.read_bytes()))
         except BROKEN as error:
-            raise UserError(f"{path}, or metadata.jsonl above it, cannot be read "
-                            f"({first_line(error)}): make it again") from error
+            raise UserError(f"{path} cannot be read ({first_line(error)}): make it anew") from error
         lines.append(verdict(str(path.relative_to(folder)), wanted, detector(image),
                              partial(colors, image)))
     write_lines(folder / "results.jsonl", lines)
@@ -508,17 +510,16 @@ class Colors:
                for thing in group]
         pixels = torch.stack([self.transform(part) for part in cut]).to(self.device)
         seen = F.normalize(self.net.encode_image(pixels), dim=-1)                # (n, D)
-        return [PAINTS[k] for k in (seen @ self.classifier(name).T).argmax(1).tolist()]
+        return [PAINTS[k] for k in (seen @ self.classifier(name)).argmax(1).tolist()]
 
     @cache
     def classifier(self, name: str) -> torch.Tensor:
-        """A class of objects → (10, D): of each colour the mean of its three prompts."""
-        texts = [text for c in PAINTS for text in (
-            f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}",
-            f"a photo of a {c} object")]
-        read = self.net.encode_text(self.tokenizer(texts).to(self.device))       # (30, D)
-        mean = F.normalize(read, dim=-1).view(len(PAINTS), 3, -1).mean(1)        # (10, D)
-        return F.normalize(mean, dim=-1)
+        """A class of objects → (D, 10): of each colour the mean of its three prompts."""
+        from open_clip import build_zero_shot_classifier
+        texts = (f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}",
+                 "a photo of a {} object")
+        return build_zero_shot_classifier(self.net, self.tokenizer, PAINTS, texts,
+                                          device=self.device)
 
 
 # ---- flops: what a picture costs -----------------------------------------------------------------

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from binning import Bins
 from data import (PRECISIONS, T5, VAE, UserError, Words, best_device, encoder_of, first_line,
                   make_folder, pad, precision, printable, read_json, run, write_text, write_whole)
 from model import RELEASE_REWARDS, Config, TextRIN, build, release_config, release_name
-from rewards import default_rewards
+from rewards import reads
 from shapes import ANALYTIC, score_all
 
 SAMPLERS = {"shapes": dict(guidance=0.5, steps=16, solver="ab2", shift=3.0),     # by preset
@@ -165,7 +166,6 @@ def pictures(model: Model, prompts, targets=None, negative=None, seeds=None, gui
     assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
     given = dict(guidance=guidance, steps=steps, solver=solver, shift=shift)
     sampler = model.config["sampler"] | {k: v for k, v in given.items() if v is not None}
-    c = model.config["network"]
     own = read_targets(model.config["targets"], model.rewards, 1.0, "targets")
     s = []                                                                       # s_pos, s_neg
     for asked, rest, flag in ((targets, own, "targets"), (negative, 0.0, "negative")):
@@ -174,9 +174,10 @@ def pictures(model: Model, prompts, targets=None, negative=None, seeds=None, gui
         assert asked.shape == (len(prompts), len(model.rewards)), (flag, asked.shape)
         assert not ((asked < 0) | (asked > 1)).any(), f"{flag}: a level is from 0 to 1, or NaN"
         s.append(asked.float().cpu())                                            # (B, R)
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    eps = torch.stack([torch.randn(c["channels"], c["size"], c["size"], generator=generator)
-                       for generator in generators])                             # (B, C, S, S)
+    c = model.net.config
+    eps = torch.stack([torch.randn(c.channels, c.size, c.size,
+                                   generator=torch.Generator().manual_seed(int(seed)))
+                       for seed in seeds])                                       # (B, C, S, S)
     texts = texts_neg = model.encoder.states(prompts)                            # B of (L, E)
     if negative_prompt == "" and model.empty is not None:
         texts_neg = [model.empty] * len(prompts)                                 # as the release
@@ -242,14 +243,15 @@ def grid(rows: list, scale: int, headings=(), labels=()) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for j, heading in enumerate(headings):
         draw.text((j * width + 2, 2), heading, "black", font)
-    for i, label in enumerate(labels):
-        draw.text((2, top + i * (height + over) + 2), label, "black", font)
     for i, row in enumerate(rows):
+        y = top + i * (height + over)
+        if labels:
+            draw.text((2, y + 2), labels[i], "black", font)
         for j, (picture, lines) in enumerate(row):
-            x, y = j * width, top + i * (height + over) + over
             shown = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            image.paste(shown.resize((side, side), Image.NEAREST), (x, y))
-            draw.text((x + 2, y + side + 2), "\n".join(lines), "black", font, spacing=1)
+            image.paste(shown.resize((side, side), Image.NEAREST), (j * width, y + over))
+            place = (j * width + 2, y + over + side + 2)
+            draw.text(place, "\n".join(lines), "black", font, spacing=1)
     return image
 
 
@@ -263,13 +265,6 @@ def progress_grid(model: Model) -> Image.Image:
     rows = [[(picture, ()) for picture in row] for row in x.split(len(columns))]
     headings = [f"all={level:g}" for level in columns] if model.rewards else ()
     return grid(rows, max(1, 96 // x.shape[-1]), headings, prompts)
-
-
-def write_png(image: Image.Image, path: Path, settings: dict) -> None:
-    """Save with the settings as JSON in the PNG's text chunk "miro", whole."""
-    chunk = PngImagePlugin.PngInfo()
-    chunk.add_text("miro", json.dumps(settings))
-    write_whole(path, lambda temporary: image.save(temporary, "png", pnginfo=chunk))
 
 
 def fingerprint(model: Model, *asked) -> str:
@@ -290,8 +285,9 @@ def read_command(argv=None) -> argparse.Namespace:
     add("--variant", help="subfolder of the checkpoint, such as miro-only-clip")
     add("--text-encoder", help="folder or hub id of a T5")
     add("--vae", help="folder or hub id of an AutoencoderKL")
-    add("--prompt", help="one prompt")
-    add("--prompts", help='file: a prompt a line, as text or as JSON with a "prompt"')
+    either = parser.add_mutually_exclusive_group(required=True).add_argument
+    either("--prompt", help="one prompt")
+    either("--prompts", help='file: a prompt a line, as text or as JSON with a "prompt"')
     add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default: its own")
     add("--negative", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=0")
     add("--negative-prompt", help='default: the same caption ("" is the release\'s choice)')
@@ -309,13 +305,11 @@ def read_command(argv=None) -> argparse.Namespace:
     add("--out", default="out.png", help="figure NAME.png, or a folder for single pictures")
     args = parser.parse_args(argv)
     check_range(args, LEAST)
-    if (args.prompt is None) == (args.prompts is None):
-        raise UserError("name one of --prompt TEXT and --prompts FILE")
     suffix = Path(args.out).suffix
     if suffix not in ("", ".png") or suffix and Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: name a .png, or a folder")
-    if not suffix and (args.sweep or args.best_of > 1):
-        raise UserError(f"--sweep and --best-of make a figure: --out {args.out}.png")
+    if not suffix and (args.sweep or args.best_of > 1 or args.by):
+        raise UserError(f"--sweep, --best-of and --by make a figure: --out {args.out}.png")
     return args
 
 
@@ -365,12 +359,14 @@ def read_prompts(path: str) -> list[dict]:
     UserError: it cannot be read, a line has no prompt, or none has one."""
     wanted, number = [], 1
     try:
-        for number, line in enumerate(Path(path).read_text("utf-8-sig").splitlines(), 1):
-            want = json.loads(line) if line.strip().startswith("{") else {"prompt": line.strip()}
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        for number, line in enumerate(map(str.strip, lines), 1):
+            want = json.loads(line) if line.startswith("{") else {"prompt": line}
             if not isinstance(want.get("prompt"), str):
                 raise ValueError('it has no "prompt" that is text')
-            wanted += [want] if line.strip() else []
-    except (OSError, ValueError) as error:
+            if line:
+                wanted.append(want)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--prompts {path}, line {number}: {first_line(error)}; write a prompt a "
                         'line, as text or as JSON with a "prompt", in UTF-8') from error
     if not wanted:
@@ -379,60 +375,62 @@ def read_prompts(path: str) -> list[dict]:
 
 
 def plan(args, model: Model, prompts: list[str]) -> list[dict]:
-    """A dict(prompt, seed, s_pos, s_neg) a picture, row by row, candidates beside each other.
+    """A dict(prompt, seed, s_pos) a picture, row by row, candidates beside each other.
     Picture i of prompt k has seed --seed + k n + i, where n = --n; with --best-of N its candidates
     have the N seeds from --seed + (k n + i) N on. The levels of a sweep share one."""
-    rewards, jobs, N = model.rewards, [], args.best_of
-    s_pos = read_targets([*model.config["targets"], *args.targets], rewards, 1.0, "--targets")
-    s_neg = read_targets(args.negative, rewards, 0.0, "--negative")
-    columns = [read_targets([level], rewards, s_pos, "--sweep") for level in args.sweep] or [s_pos]
-    for k, i, s, j in product(range(len(prompts)), range(args.n), columns, range(N)):
+    asked, jobs, N = [*model.config["targets"], *args.targets], [], args.best_of
+    s = read_targets(asked, model.rewards, 1.0, "--targets")
+    columns = [read_targets([level], model.rewards, s, "--sweep") for level in args.sweep] or [s]
+    for k, i, s_pos, j in product(range(len(prompts)), range(args.n), columns, range(N)):
         seed = args.seed + (k * args.n + i) * N + j
-        jobs.append(dict(prompt=prompts[k], seed=seed, s_pos=s, s_neg=s_neg))
+        jobs.append(dict(prompt=prompts[k], seed=seed, s_pos=s_pos))
     return jobs
 
 
-def painted(args, model: Model, jobs: list[dict]) -> Iterator[tuple[dict, torch.Tensor]]:
-    """Each job with its picture, uint8 (3, S, S), batch by batch."""
+def painted(args, model: Model, jobs: list[dict]) -> Iterator[torch.Tensor]:
+    """The pictures of jobs, uint8 (3, S, S) each, batch by batch."""
     starts = range(0, len(jobs), args.batch)
     with tqdm(total=len(starts) * model.config["sampler"]["steps"], disable=None) as bar:
         for first in starts:
             part = jobs[first:first + args.batch]
-            s_pos, s_neg = (torch.tensor([job[s] for job in part]) for s in ("s_pos", "s_neg"))
-            x = pictures(model, [job["prompt"] for job in part], s_pos, s_neg,
-                         [job["seed"] for job in part], negative_prompt=args.negative_prompt,
-                         batch=args.batch, progress=bar.update)                  # (b, 3, S, S)
-            yield from zip(part, x)
+            prompts, seeds, s_pos = ([job[key] for job in part]
+                                     for key in ("prompt", "seed", "s_pos"))
+            yield from pictures(model, prompts, torch.tensor(s_pos), args.negative, seeds,
+                                negative_prompt=args.negative_prompt, batch=args.batch,
+                                progress=bar.update)
 
 
 def write_figure(args, model: Model, jobs: list[dict]) -> None:
     """One figure: a row a prompt, or with --sweep a noise; below each picture its seed, and the
-    levels asked for > measured. UserError: --best-of without a reward that can be measured."""
-    prompts = [job["prompt"] for job in jobs]
-    names = [name for name in default_rewards(prompts) if name in model.rewards]
-    if (args.best_of > 1) != (args.by in names):
+    levels asked for > measured; the settings as JSON in the PNG's text chunk "miro".
+    UserError: --best-of without a reward that can be measured."""
+    prompts, columns, N = [job["prompt"] for job in jobs], len(args.sweep) or args.n, args.best_of
+    names = [name for name in ANALYTIC if name in model.rewards
+             and (name != "alignment" or all(map(reads, prompts)))]
+    if (N > 1) != (args.by in names):
         raise UserError(f"--best-of needs --by one of {', '.join(names) or 'no reward'}, and --by "
                         "needs --best-of")
     make_folder(Path(args.out).parent)
-    x = torch.stack([picture for _, picture in painted(args, model, jobs)])      # (B, 3, S, S)
+    x = torch.stack([*painted(args, model, jobs)])                               # (B, 3, S, S)
     raw = score_all(names, x, prompts)                                           # (B, R')
     levels = model.bins.select(names).to_target(raw) if names else raw           # (B, R')
-    for job, scores, places in zip(jobs, raw.tolist(), levels.tolist()):
-        job |= dict(raw=dict(zip(names, scores)), measured=dict(zip(names, places)))
-    pairs, N = list(zip(jobs, x)), args.best_of        # by raw scores: levels tie in the top bin
-    best = [max(pairs[first:first + N], key=lambda pair: pair[0]["raw"].get(args.by, 0))
-            for first in range(0, len(pairs), N)]
-    tiles, columns = [], len(args.sweep) or args.n
-    for job, picture in best:
+    tiles = []
+    for job, picture, scores, places in zip(jobs, x, raw.tolist(), levels.tolist()):
         asked, lines = dict(zip(model.rewards, job["s_pos"])), [f"seed {job['seed']}"]
-        for name, level in job["measured"].items():
+        for name, level in zip(names, places):
             lines.append(f"{name[:5]} {asked[name]:.2f} > {level:.2f}")
+        job |= dict(raw=dict(zip(names, scores)), measured=dict(zip(names, places)))
         tiles.append((picture, lines))
+    if N > 1:                                          # by raw scores: levels tie in the top bin
+        best = raw[:, names.index(args.by)].view(-1, N).argmax(1).tolist()       # of each N
+        kept = [N * k + number for k, number in enumerate(best)]
+        jobs, tiles = [jobs[k] for k in kept], [tiles[k] for k in kept]
     rows = [tiles[first:first + columns] for first in range(0, len(tiles), columns)]
     figure = grid(rows, max(1, 120 // x.shape[-1]), args.sweep,
-                  [job["prompt"] for job, _ in best[::columns]])
-    settings = vars(args) | model.config["sampler"] | {"pictures": [job for job, _ in best]}
-    write_png(figure, Path(args.out), settings)
+                  [job["prompt"] for job in jobs[::columns]])
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("miro", json.dumps(vars(args) | model.config["sampler"] | {"pictures": jobs}))
+    write_whole(Path(args.out), partial(figure.save, format="png", pnginfo=chunk))
 
 
 def write_folder(args, model: Model, jobs: list[dict], wanted: list[dict]) -> None:
@@ -440,27 +438,26 @@ def write_folder(args, model: Model, jobs: list[dict], wanted: list[dict]) -> No
     of picture i NNNNN/samples/NNNN.png; also metadata.jsonl (file_name, text), with which data.py
     imports the folder, and settings.json. Pictures that are there are kept.
     UserError, before anything is made: there are other files, or pictures of other settings."""
-    out, first = Path(args.out), jobs[0]
-    settings = dict(made_of=fingerprint(model, wanted), n=args.n, seed=args.seed,
-                    s_pos=first["s_pos"], s_neg=first["s_neg"],
-                    negative_prompt=args.negative_prompt, **model.config["sampler"])
-    file = out / "settings.json"
-    if file.exists() and read_json(file) != settings or not file.exists() and any(out.glob("*")):
+    out, paths = Path(args.out), []
+    file, s_neg = out / "settings.json", read_targets(args.negative, model.rewards, 0.0, "negative")
+    settings = dict(made_of=fingerprint(model, wanted), n=args.n, seed=args.seed, s_neg=s_neg,
+                    s_pos=jobs[0]["s_pos"], negative_prompt=args.negative_prompt,
+                    **model.config["sampler"])
+    if any(out.glob("[!.]*")) and not (file.exists() and read_json(file) == settings):
         raise UserError(f"--out {out} has other files, or pictures of other settings: name a new "
                         "folder")
-    make_folder(out)
-    write_text(file, json.dumps(settings))
+    write_text(make_folder(out) / file.name, json.dumps(settings))
     for k, want in enumerate(wanted):
-        folder = make_folder(out / f"{k:05d}" / "samples").parent
-        write_text(folder / "metadata.jsonl", json.dumps(want))
-    for number, job in enumerate(jobs):
-        job["file_name"] = f"{number // args.n:05d}/samples/{number % args.n:04d}.png"
-    lines = [json.dumps({"file_name": job["file_name"], "text": job["prompt"]}) for job in jobs]
-    write_text(out / "metadata.jsonl", "\n".join(lines) + "\n")
-    missing = [job for job in jobs if not (out / job["file_name"]).exists()]
-    for job, picture in painted(args, model, missing):
+        folder = make_folder(out / f"{k:05d}" / "samples")
+        write_text(folder.with_name("metadata.jsonl"), json.dumps(want))
+        paths += [folder / f"{i:04d}.png" for i in range(args.n)]
+    lines = [{"file_name": path.relative_to(out).as_posix(), "text": job["prompt"]}
+             for path, job in zip(paths, jobs)]
+    write_text(out / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    missing = [k for k, path in enumerate(paths) if not path.exists()]
+    for k, picture in zip(missing, painted(args, model, [jobs[k] for k in missing])):
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        write_png(image, out / job["file_name"], settings | job)
+        write_whole(paths[k], partial(image.save, format="png"))
 
 
 if __name__ == "__main__":

@@ -243,8 +243,10 @@ def test_missing_judges_damaged_pictures_and_metadata_are_named(judges, tmp_path
     said = fails(tmp_path, "--models", tmp_path / "nowhere")
     assert f"geneval needs config.json, *.safetensors of {Detector.SOURCE}" in said
     said = fails(tmp_path, "--models", judges)
-    assert f"{picture}, or metadata.jsonl above it, cannot be read" in said
+    assert f"{picture} cannot be read" in said
     Image.new("RGB", (40, 40)).save(picture)
+    metadata.write_text('{"prompt": "a dog"}')
+    assert f"{metadata} has no tag: GenEval is of" in fails(tmp_path, "--models", judges)
     metadata.write_text("{")
     assert f"{metadata} cannot be read" in fails(tmp_path, "--models", judges)
     assert not (tmp_path / "results.jsonl").exists()

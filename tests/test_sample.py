@@ -271,8 +271,9 @@ def test_best_of_keeps_the_best_of_the_measured_candidates(place, tmp_path):
 
 def test_a_folder_has_genevals_layout_and_goes_on_where_it_was_stopped(place, model, tmp_path):
     out = tmp_path / "a" / "b"
-    (tmp_path / "prompts.txt").write_text('{"tag": "x", "prompt": "two blue squares"}\n\n a circle ')
-    flags = ("--prompts", tmp_path / "prompts.txt", "--n", 3, "--seed", 4, "--targets", "all=0.5")
+    file = tmp_path / "prompts.txt"
+    file.write_text('{"tag": "x", "prompt": "two blue squares"}\n\n a circle ')
+    flags = ("--prompts", file, "--n", 3, "--seed", 4, "--targets", "all=0.5")
     command(place, out, *flags)
     wanted = [{"tag": "x", "prompt": "two blue squares"}, {"prompt": "a circle"}]
     assert [json.loads((out / f"0000{k}" / "metadata.jsonl").read_text()) for k in (0, 1)] == wanted
@@ -282,9 +283,8 @@ def test_a_folder_has_genevals_layout_and_goes_on_where_it_was_stopped(place, mo
         {"file_name": name, "text": text} for name, text in zip(names, texts)]
     pictures = made(model, texts, range(4, 10), targets={"all": 0.5}, steps=2)
     assert torch.equal(files(out), pictures)
-    job, whole = settings(out / names[4]), json.loads((out / "settings.json").read_text())
-    assert (job["prompt"], job["seed"], job["s_pos"]) == ("a circle", 8, [0.5] * 5)
-    assert settings(out / names[0]).items() >= (whole | {"prompt": texts[0]}).items()
+    said = json.loads((out / "settings.json").read_text())
+    assert (said["seed"], said["s_pos"], said["steps"]) == (4, [0.5] * 5, 2)
     (out / names[2]).unlink()
     old = (out / names[3]).stat().st_mtime_ns
     command(place, out, *flags, "--batch", 2)                          # it was stopped after two
