@@ -144,8 +144,8 @@ def read_scores(folder, names: tuple) -> np.ndarray:
 
 def save(bins: Bins, path) -> None:
     """Write JSON, whole or not at all."""
-    from data import write_text
-    write_text(path, json.dumps(bins.to_config(), allow_nan=False))
+    from data import write_json
+    write_json(path, bins.to_config())
 
 
 def load(path) -> Bins:

@@ -162,15 +162,15 @@ def between(kind: type, low: float = 0, high: float = 2 ** 62) -> Callable:
     return value
 
 
-def make_folder(path: str | Path, flag: str) -> Path:
-    """A folder, made if it is not there. UserError, naming the flag: it cannot be written to."""
+def make_folder(folder: str | Path) -> Path:
+    """A folder, made if it is not there. UserError: nothing can be written into it."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written to ({error.strerror}): name another "
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): name another "
                         "folder") from error
-    return Path(path)
+    return Path(folder)
 
 
 def write_whole(path: Path, write: Callable) -> None:
@@ -200,16 +200,43 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> dict:
-    """A file with one JSON object. UserError: it is not there, or it is something else."""
+def write_json(path: Path, content: dict) -> None:
+    """A file of JSON, whole, that `read_json` knows again."""
+    write_text(path, seal(content))
+
+
+def read_json(path: Path, sealed: bool = True) -> dict:
+    """A file with one JSON object; sealed: as `write_json` wrote it. UserError: it is not there, is
+    something else, damaged, or was changed by hand."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        return unseal(found) if sealed else dict(found)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): write it again, or name "
                         "another") from error
+
+
+def seal(content: dict) -> str:
+    """JSON with 16 hex digits of its content, as `unseal` checks it."""
+    content = json.loads(json.dumps(content))
+    return json.dumps(content | {"seal": digest(content)}, ensure_ascii=False)
+
+
+def unseal(found: dict) -> dict:
+    """The content that was sealed. ValueError: it is not what it was."""
+    if not isinstance(found, dict) or found.pop("seal", None) != digest(found):
+        raise ValueError("it is damaged, or was changed by hand")
     return found
+
+
+def digest(content) -> str:
+    """16 hex digits of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits of a file's bytes."""
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16]
 
 
 def refuse_too_many(left_out: int, total: int, where: str, advice: str) -> None:
@@ -780,7 +807,7 @@ def write_shard(path: Path, columns: dict[str, np.ndarray], **metadata) -> None:
 
 def write_info(folder: Path, info: dict) -> None:
     """DATA/data.json, written last: where it is, the data is whole."""
-    write_text(folder / "data.json", json.dumps(dict(format=2, **info), ensure_ascii=False))
+    write_json(folder / "data.json", dict(format=2, **info))
 
 
 def shard_paths(folder: Path) -> list[Path]:

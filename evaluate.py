@@ -1,24 +1,18 @@
 """Evaluate: the paper's questions, a command each, in the order of this file.
 
-    python evaluate.py shapes runs/shapes          # is the caption true in the picture? six tasks
-    python evaluate.py control runs/shapes         # does each target move its own reward?
-    python evaluate.py compare runs/compare/*      # which flag helps, how soon; best of N
-    python evaluate.py rewards CKPT --rewards all  # mean scores of pictures, also the paper's seven
-    python evaluate.py geneval generate CKPT DIR   # the real GenEval: 553 prompts, 4 pictures each,
-    python evaluate.py geneval score DIR           # judged by Mask2Former and CLIP
-    python evaluate.py flops runs/shapes paper     # what a picture costs; folders or presets
+    python evaluate.py shapes runs/shapes       # is the caption true in the picture? six tasks
+    python evaluate.py control runs/shapes      # does each target move its own reward?
+    python evaluate.py compare runs/compare/*   # which flag helps, how soon; best of N
+    python evaluate.py geneval DIR              # the real GenEval, of pictures of sample.py
+    python evaluate.py flops runs/shapes paper  # what a picture costs; folders or presets
 
 The first three measure the embedded world with exact oracles, on captions that training never saw
 (shapes.held_out; their claims it did see, with other endings). `shapes` judges as GenEval does, and
-is not GenEval: its things are shapes. `control`, `compare`, `rewards` and `generate` go on where
-they were stopped.
+is not GenEval: its things are shapes. `control` and `compare` go on where they were stopped.
 """
 import argparse
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -33,67 +27,43 @@ from tqdm import tqdm
 import rewards
 import sample
 import shapes
-from data import (BROKEN, Data, UserError, best_device, decode, first_line, import_pictures,
-                  precision, read_json, refuse_too_many, run, to_rgb, write_text, write_whole)
+from data import (BROKEN, Parser, UserError, best_device, between, decode, first_line, make_folder,
+                  read_json, run, to_rgb, write_json, write_text, write_whole)
 from model import PRESETS, Config, TextRIN, build
 from shapes import ANALYTIC, TASKS
 
 MEASURES = ("accuracy", *ANALYTIC)       # what is measured of a picture of the embedded world: M
 
 
-# ---- one way to make pictures and measure them, one to remember it -------------------------------
+# ---- what the commands share ---------------------------------------------------------------------
 
 def measure(model: sample.Model, wanted: Sequence[dict], seeds: Sequence[int],
-            targets: Sequence[str] = (), guidance=None, steps=None) -> tuple[np.ndarray, list]:
+            targets: Sequence[str] = ()) -> tuple[np.ndarray, list]:
     """Pictures of prompts, noise by seed → MEASURES (B, M), rewards in their own units, and B
-    verdicts. What `targets` does not name is asked for at 1; None: the checkpoint's own."""
+    verdicts. What `targets` does not name is asked for at 1; the sampler is the model's."""
     texts = [want["prompt"] for want in wanted]
-    total = -(-len(texts) // 64) * (steps or model.config["sampler"]["steps"])
+    total = -(-len(texts) // 64) * model.config["sampler"]["steps"]
     with tqdm(total=total, desc=" ".join(targets) or "all=1", leave=False, disable=None) as bar:
-        pictures = sample.pictures(model, texts, ["all=1", *targets], seeds=seeds, steps=steps,
-                                   guidance=guidance, progress=bar.update)
+        pictures = sample.pictures(model, texts, ["all=1", *targets], seeds=seeds,
+                                   progress=bar.update)                          # (B, 3, S, S)
     lines = verdicts(pictures, wanted)
     scores = shapes.score_all(ANALYTIC, pictures, texts).double()                # (B, R)
     return np.column_stack([[line["correct"] for line in lines], scores]), lines
 
 
 def measured(model: sample.Model, memory: Path, n: int, each: int = 1,
-             targets: Sequence[str] = (), guidance=None) -> np.ndarray:
+             targets: Sequence[str] = ()) -> np.ndarray:
     """MEASURES (n each, M) of `each` pictures of each of n prompts, noise from seed 0 on: measured
     once, and kept in MEMORY/measured under all that they depend on."""
     wanted = [want for want in benchmark(n) for _ in range(each)]
-    settings = settings_of(model, targets, guidance, prompts=wanted,
-                           scorers={name: shapes.version(name) for name in ANALYTIC})
-    file = memory / "measured" / f"{digest(settings)}.json"
-    if not file.exists():
-        values, _ = measure(model, wanted, range(len(wanted)), targets, guidance)
-        file.parent.mkdir(exist_ok=True)
-        write_text(file, json.dumps({"values": values.tolist()}))
-    return np.array(read_json(file)["values"])
-
-
-def settings_of(model: sample.Model, targets: Sequence[str], guidance, steps=None, **more) -> dict:
-    """All that pictures depend on but their prompts and seeds: the weights, the pixel norms, the
-    levels asked for, the sampler."""
-    weights = hashlib.sha256()
-    for tensor in model.net.state_dict().values():
-        weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     levels = sample.read_targets(["all=1", *targets], model.rewards, 1.0, "--targets")
-    asked = dict(guidance=guidance, steps=steps)
-    sampler = model.config["sampler"] | {k: v for k, v in asked.items() if v is not None}
-    return dict(weights=weights.hexdigest()[:16], targets=levels, **sampler, **more,
-                pixels=[model.config["mean"], model.config["std"]],
-                precision=str(precision(model.precision, model.device)))
-
-
-def named(values: np.ndarray) -> dict[str, float]:
-    """Values (M) → {measure: its own}."""
-    return dict(zip(MEASURES, values.tolist()))
-
-
-def digest(value) -> str:
-    """16 hex digits of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    scorers = [shapes.version(name) for name in ANALYTIC]
+    name = sample.fingerprint(model, levels, wanted, scorers)
+    file = make_folder(memory / "measured") / f"{name}.json"
+    if not file.exists():
+        values, _ = measure(model, wanted, range(len(wanted)), targets)
+        write_json(file, {"values": values.tolist()})
+    return np.array(read_json(file)["values"])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -132,7 +102,7 @@ def draw(groups: dict[str, np.ndarray], titles: Sequence[str], x: Sequence[float
 # ---- shapes: is the caption true in the picture? -------------------------------------------------
 
 def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, seed: int = 0,
-                    targets: Sequence[str] = (), guidance=None, steps=None) -> dict:
+                    targets: Sequence[str] = ()) -> dict:
     """Judge pictures of n unseen prompts, image i from noise seed n + i; print tables; write
     evaluation.json and results.jsonl (the verdicts) into the folder.
 
@@ -141,29 +111,30 @@ def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, seed: int =
     the mean of each of MEASURES, "first": that of the first 120 at all=1, "error": of a mean,
     "tasks": the mean alignment by task, "accuracy": the share of correct pictures by task}."""
     wanted, seeds = benchmark(n, seed), range(seed * n, (seed + 1) * n)
-    request, swept = " ".join(targets) or "all=1", model.rewards and not targets
-    values, lines = measure(model, wanted, seeds, targets, guidance, steps)      # (n, M)
-    found = {request: named(values.mean(0)), "first": named(values[:120].mean(0))}
-    for name in ("all", *model.rewards) if swept else ():
-        w = 0.0 if name == "all" else guidance                   # s_pos = s_neg: it does nothing
-        low, _ = measure(model, wanted[:120], seeds[:120], [f"{name}=0"], w, steps)
-        found[f"{name}=0"] = named(low.mean(0))
+    request = " ".join(targets) or "all=1"
+    values, lines = measure(model, wanted, seeds, targets)                       # (n, M)
+    columns = {request: values.mean(0), "error": values.std(0, ddof=1) / n ** 0.5}   # (M,) each
+    means = columns | {"first": values[:120].mean(0)}
+    if model.rewards and not targets:
+        for name in ("all", *model.rewards):
+            low, _ = measure(model, wanted[:120], seeds[:120], [f"{name}=0"])    # (120, M)
+            means[f"{name}=0"] = low.mean(0)
+        unknown, std = np.full(len(MEASURES), np.nan), dict(zip(model.bins.names, model.bins.std))
+        alone = np.array([means.get(f"{name}=0", unknown)[k] for k, name in enumerate(MEASURES)])
+        gain = (means["first"] - alone) / [std.get(name, np.nan) for name in MEASURES]
+        columns |= {"all=0": means["all=0"], "alone=0": alone, "alone=1": means["first"],
+                    "gain/std": gain}
+    rows = [["reward", *columns]]
+    for k, name in enumerate(ANALYTIC, 1):
+        rows.append([name, *(f"{column[k]:.3f}" for column in columns.values())])
+    by_task = values[:, MEASURES.index("alignment")]                             # (n,)
+    tasks = {task: float(by_task[k::len(TASKS)].mean()) for k, task in enumerate(TASKS)}
     text, accuracy = summary(lines, "GenEval's tasks and rules on shapes (this is not GenEval)")
-    by_task = [values[k::len(TASKS), MEASURES.index("alignment")] for k in range(len(TASKS))]
-    found |= dict(settings=settings_of(model, targets, guidance, steps, n=n, seed=seed),
-                  error=named(values.std(0, ddof=1) / n ** 0.5), accuracy=accuracy,
-                  tasks={task: float(truths.mean()) for task, truths in zip(TASKS, by_task)})
-    std = dict(zip(model.bins.names, model.bins.std)) if swept else {}
-    rows = [["reward", request, "error"]]
-    rows[0] += ["all=0", "alone=0", "alone=1", "gain/std"] if swept else []
-    for name in ANALYTIC:
-        cells = [found[request][name], found["error"][name]]
-        if swept:
-            low, top = found.get(f"{name}=0", {}).get(name, np.nan), found["first"][name]
-            cells += [found["all=0"][name], low, top, (top - low) / std.get(name, np.nan)]
-        rows.append([name, *(f"{cell:.3f}" for cell in cells)])
-    truths = ", ".join(f"{task} {value:.2f}" for task, value in found["tasks"].items())
-    print(f"{table(rows)}\nalignment by task: {truths}\n{text}")
+    found = {what: dict(zip(MEASURES, mean.tolist())) for what, mean in means.items()}
+    found |= dict(tasks=tasks, accuracy=accuracy, settings=dict(
+        made_of=sample.fingerprint(model), n=n, seed=seed, **model.config["sampler"]))
+    print(table(rows), "alignment by task: "
+          + ", ".join(f"{task} {value:.2f}" for task, value in tasks.items()), text, sep="\n")
     write_lines(folder / "results.jsonl", lines)
     write_text(folder / "evaluation.json", json.dumps(found, indent=1))
     return found
@@ -199,7 +170,7 @@ def verdicts(pictures: torch.Tensor, wanted: Sequence[dict]) -> list[dict]:
             side, up, down = (thing.r * reach for reach in shapes.REACH[thing.shape])
             box = (thing.x - side, thing.y - up, thing.x + side, thing.y + down)
             found.append((thing.shape, Found([size * part for part in box], color=thing.color)))
-        lines.append(verdict(f"{number:05d}", want, keep(found, "shapes"),
+        lines.append(verdict(f"{number:05d}", want, found,
                              lambda group, name: [thing.color for thing in group]))
     return lines
 
@@ -219,13 +190,14 @@ def control(model: sample.Model, folder: Path, n: int, columns: int) -> str:
         raise UserError(f"{folder} was trained with {', '.join(names) or 'no reward'}: control "
                         f"sweeps and measures {', '.join(ANALYTIC)}")
     levels, tables = np.linspace(0, 1, columns).round(4), []
+    measures = [MEASURES.index(name) for name in names]
     for others in ("1", "0.5"):
         sweeps = np.zeros((len(names), columns, len(names)))                     # (R, levels, R)
         places = [*np.ndindex(len(names), columns)]
         for k, column in tqdm(places, desc=f"others={others}", disable=None):
             targets = [f"all={others}", f"{names[k]}={levels[column]:g}"]
-            scores = named(measured(model, folder, n, 1, targets).mean(0))
-            sweeps[k, column] = [scores[name] for name in names] / model.bins.std
+            means = measured(model, folder, n, 1, targets).mean(0)               # (M,)
+            sweeps[k, column] = means[measures] / model.bins.std
         rows = [[f"others={others}", *names, "Spearman", "cross-talk"]]
         for own, (name, sweep) in enumerate(zip(names, sweeps)):
             moves, curve = sweep[-1] - sweep[0], sweep[:, own]                   # (R,), (levels,)
@@ -254,23 +226,23 @@ def compare(folders: Sequence[str], out: Path, args) -> str:
         rows.append([label, str(len(values)), *map(mean_error, values.mean((1, 2)).T)])
     tables = [f"told all: asked for {' '.join(args.targets) or 'all=1'}, guidance {args.guidance} "
               f"(None: the checkpoint's)\n{table(rows)}"]
-    rivals = {label: groups.get(label, {}) for label in ("none", "all")}
-    paired = len(rivals["none"]) > 0 and rivals["none"].keys() == rivals["all"].keys()
-    kept = [[int(place.name[5:]) for place in sorted(folder.glob("step-*"))]
-            for group in rivals.values() for folder in group.values()]
-    if paired and args.curve and kept[0] and all(steps == kept[0] for steps in kept):
-        found = gather(rivals, out, args, args.curve, kept=True)
+    rivals = {label: groups[label] for label in ("none", "all") if label in groups}
+    paired = len(rivals) == 2 and rivals["none"].keys() == rivals["all"].keys()
+    kept = {tuple(int(place.name[5:]) for place in sorted(folder.glob("step-*")))
+            for group in rivals.values() for folder in group.values()}
+    if paired and args.curve and len(kept) == 1 and () not in kept:
+        [steps], found = kept, gather(rivals, out, args, args.curve, kept=True)
         curves = {label: values.mean(2) for label, values in found.items()}      # (seeds, steps, M)
-        draw(curves, MEASURES, kept[0], "steps", out / "convergence.png", 10)
-        tables.append(race(curves, kept[0], "speed-up"))
+        tables.append(race(curves, steps, "speed-up"))
+        draw(curves, MEASURES, steps, "steps", out / "convergence.png", 10)
     if paired and args.candidates:
         sizes, curves = [2 ** k for k in range(args.candidates.bit_length())], {}
         for label, values in gather(rivals, out, args, args.best, sizes[-1]).items():
             split = [values.reshape(len(values), -1, size, len(MEASURES)) for size in sizes]
             best = [part.max(2).mean(1) for part in split]                       # (seeds, M) each
             curves[label] = np.stack(best, 1)                                    # (seeds, sizes, M)
-        draw(curves, MEASURES, sizes, "best of N", out / "best_of_n.png", 2)
         tables.append(race(curves, sizes, "best of N"))
+        draw(curves, MEASURES, sizes, "best of N", out / "best_of_n.png", 2)
     write_text(out / "compare.txt", "\n\n".join(tables) + "\n")
     return "\n\n".join(tables)
 
@@ -306,10 +278,14 @@ def gather(groups: dict[str, dict[int, Path]], out: Path, args, n: int, each: in
     found = {label: [] for label in groups}
     for label, group in groups.items():
         for folder in tqdm(group.values(), desc=label, unit="run", leave=False, disable=None):
-            places = sorted(folder.glob("step-*")) if kept else [folder]
-            models = [sample.load(place) for place in places]
-            asked = (args.targets, args.guidance) if models[0].rewards == ANALYTIC else ()
-            found[label].append([measured(model, out, n, each, *asked) for model in models])
+            values = []
+            for place in sorted(folder.glob("step-*")) if kept else [folder]:
+                model, targets = sample.load(place), ()
+                if model.rewards == ANALYTIC:
+                    sample.set_sampler(model, args)
+                    targets = args.targets
+                values.append(measured(model, out, n, each, targets))            # (n each, M)
+            found[label].append(values)
     return {label: np.array(values) for label, values in found.items()}
 
 
@@ -331,101 +307,37 @@ def race(curves: dict[str, np.ndarray], x: Sequence[int], title: str) -> str:
     return table(rows)
 
 
-# ---- rewards: the mean scores of a checkpoint or of pictures -------------------------------------
+# ---- geneval: pictures in its layout, judged -----------------------------------------------------
+# GenEval: Ghosh et al. 2023, arXiv 2310.11513. The layout is that of sample.write_folder.
 
-def mean_rewards(args) -> str:
-    """Pictures of a checkpoint for --prompts → the table of each reward's mean and, over prompts,
-    its standard error. The pictures are imported and scored into a folder beside theirs.
-    UserError: the checkpoint, or a reward, is not there; a line has more than a prompt."""
-    wanted = sample.read_prompts(args.prompts) if args.prompts else benchmark(600)
-    if any(want.keys() & {"targets", "negative", "seed"} for want in wanted):
-        raise UserError(f"--prompts {args.prompts}: here a line has a prompt alone: pass "
-                        "--targets and --seed, for all")
-    names = rewards.choose_rewards(args.rewards, [want["prompt"] for want in wanted])
-    folders = rewards.available(names, args.models, False)           # before a picture is made
-    own = Path(args.source, "pictures") if Path(args.source).exists() else "runs/pictures"
-    out = generate(args, wanted, args.out or own)
-    place = out.resolve().with_name(f"{out.resolve().name}-data")
-    size = Image.open(out / "00000" / "samples" / "0000.png").height
-    import_pictures([out], place, size)
-    data, groups, by_prompt = Data(place), rewards.groups_of(folders, 48.0, best_device()), {}
-    failed = rewards.score_dataset(data, names, args.batch, retry=True, groups=groups)
-    refuse_too_many(len(failed), data.rows, str(out), "remove it, to make them again")
-    for shard in data.shards:
-        for caption, scores in zip(shard.captions, rewards.read_scores(shard, names)):     # (R,)
-            if not np.isnan(scores).any():
-                by_prompt.setdefault(caption, []).append(scores)
-    of_prompts = np.array([np.mean(scores, 0) for scores in by_prompt.values()])     # (prompts, R)
-    rows = [[name, mean_error(column, 4)] for name, column in zip(names, of_prompts.T)]
-    return (f"{data.rows - len(failed)} pictures of {len(by_prompt)} prompts; analytic rewards see "
-            f"{size} pixels\n{table([['reward', 'mean'], *rows])}")
-
-
-# ---- geneval: pictures in its layout, and their judging ------------------------------------------
-# GenEval: Ghosh et al. 2023, arXiv 2310.11513. The layout: NNNNN/metadata.jsonl (what is wanted),
-# NNNNN/samples/0000.png, results.jsonl (a verdict a line).
-
-def generate(args, wanted: Sequence[dict], out: str | Path) -> Path:
-    """Pictures of prompts, --samples each, in the layout; those that are there are kept.
-
-    Picture i of prompt k of K comes from noise (seed K + k) samples + i: --batch and interruptions
-    change no more than rounding. UserError, and nothing is written: `out` has other files."""
-    model = sample.load(args.source, None, args.variant, args.text_encoder, args.vae)
-    texts, out = [want["prompt"] for want in wanted], writable(out)
-    settings = settings_of(model, args.targets, args.guidance, args.steps, prompts=digest(wanted),
-                           samples=args.samples, seed=args.seed, vae=args.vae,
-                           text_encoder=args.text_encoder, negative_prompt=args.negative_prompt)
-    file, lines, jobs = out / "settings.json", [], []
-    if any(out.iterdir()) and (not file.exists() or read_json(file) != settings):
-        raise UserError(f"{out} has other files, or pictures of other settings: name a new folder")
-    model.encoder.states(texts)                         # all, at once: a T5 is not loaded twice
-    write_text(file, json.dumps(settings))
-    for k, want in enumerate(wanted):
-        (out / f"{k:05d}" / "samples").mkdir(parents=True, exist_ok=True)
-        write_text(out / f"{k:05d}" / "metadata.jsonl", json.dumps(want))
-        for i in range(args.samples):
-            name = f"{k:05d}/samples/{i:04d}.png"
-            lines.append({"file_name": name, "text": want["prompt"]})
-            jobs += [] if (out / name).exists() else [(k, i, out / name)]
-    write_lines(out / "metadata.jsonl", lines)                       # with which data.py reads all
-    for first in tqdm(range(0, len(jobs), args.batch), desc="generating", disable=None):
-        part = jobs[first:first + args.batch]
-        seeds = [(args.seed * len(wanted) + k) * args.samples + i for k, i, _ in part]
-        pictures = sample.pictures(
-            model, [texts[k] for k, _, _ in part], ["all=1", *args.targets], seeds=seeds,
-            guidance=args.guidance, steps=args.steps, negative_prompt=args.negative_prompt,
-            batch=args.batch)
-        for (_, _, path), picture in zip(part, pictures):
-            sample.write_png(sample.to_image(picture), path, settings)
-    return out
-
-
-def write_lines(file: Path, lines: Iterable[dict]) -> None:
-    """A file with one JSON object a line, whole."""
-    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def geneval_score(folder: Path, models: str | None) -> str:
+def geneval(folder: Path, models: str | None) -> str:
     """Judge the pictures of a layout: results.jsonl gets a line for each → the summary.
 
     UserError: there is none; it, or its metadata, is broken; a network's files are missing."""
     pictures, lines = sorted(folder.glob("[0-9]*/samples/[0-9]*.png")), []
     if not pictures:
-        raise UserError(f"{folder} has no NNNNN/samples/0000.png beside NNNNN/metadata.jsonl: make "
-                        f"pictures with python evaluate.py geneval generate CKPT {folder}")
+        raise UserError(f"{folder} has no NNNNN/samples/0000.png: make pictures with python "
+                        f"sample.py --prompts assets/geneval.jsonl --n 4 --out {folder}")
     detector, colors = Detector(models, best_device()), Colors(models, best_device())
     for path in tqdm(pictures, desc="judging", unit="picture", disable=None):
-        wanted = read_json(path.parents[1] / "metadata.jsonl")
+        file = path.parents[1] / "metadata.jsonl"
+        wanted = read_json(file, sealed=False)
+        if not {"tag", "prompt"} <= wanted.keys():
+            raise UserError(f"{file} has no tag: GenEval is of prompts of assets/geneval.jsonl")
         try:
-            image, tag = to_rgb(decode(path.read_bytes())), wanted["tag"]
+            image = to_rgb(decode(path.read_bytes()))
         except BROKEN as error:
-            raise UserError(f"{path}, or metadata.jsonl above it, cannot be read "
-                            f"({first_line(error)}): make it again") from error
-        lines.append(verdict(str(path.relative_to(folder)), wanted, keep(detector(image), tag),
+            raise UserError(f"{path} cannot be read ({first_line(error)}): make it anew") from error
+        lines.append(verdict(str(path.relative_to(folder)), wanted, detector(image),
                              partial(colors, image)))
     write_lines(folder / "results.jsonl", lines)
     partial_run = "" if len(lines) == 553 * 4 else "; PARTIAL: it is 553 prompts, 4 pictures each"
     return summary(lines, f"GenEval by {Detector.SOURCE}{partial_run}")[0]
+
+
+def write_lines(file: Path, lines: Iterable[dict]) -> None:
+    """A file with one JSON object a line, whole."""
+    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 # ---- GenEval's rules, for detections of any kind -------------------------------------------------
@@ -439,8 +351,9 @@ class Found:
     mask: np.ndarray | None = None         # (H, W) bool
 
 
-def verdict(file: str, wanted: dict, objects: dict, colors_of: Callable) -> dict:
-    """A line of results.jsonl, with GenEval's keys."""
+def verdict(file: str, wanted: dict, found: Iterable[tuple], colors_of: Callable) -> dict:
+    """A line of results.jsonl, with GenEval's keys, of the (class, object) found in a picture."""
+    objects = keep(found, wanted["tag"])
     correct, reason = judge(wanted, objects, colors_of)
     boxes = {name: [[*map(float, thing.box), thing.score] for thing in group]
              for name, group in objects.items()}
@@ -546,7 +459,7 @@ class Detector:
     def __init__(self, models: str | None, device: torch.device):
         from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
         folder = rewards.fetch(self.SOURCE, ("config.json", "*.safetensors"), models,
-                               "geneval score needs", 0.3)
+                               "geneval needs", 0.3)
         self.net = rewards.pretrained(folder, Mask2FormerForUniversalSegmentation, True).to(device)
         self.processor, self.device = Mask2FormerImageProcessor(size=self.SIZE), device
 
@@ -582,7 +495,7 @@ class Colors:
     def __init__(self, models: str | None, device: torch.device):
         import open_clip
         folder = rewards.fetch(self.SOURCE, ("open_clip_config.json", "*.safetensors"), models,
-                               "geneval score needs", 1.7)
+                               "geneval needs", 1.7)
         self.device, name = device, f"local-dir:{folder}"
         self.net, _, self.transform = open_clip.create_model_and_transforms(
             name, force_quick_gelu=True, require_pretrained=True, device=device)
@@ -597,17 +510,16 @@ class Colors:
                for thing in group]
         pixels = torch.stack([self.transform(part) for part in cut]).to(self.device)
         seen = F.normalize(self.net.encode_image(pixels), dim=-1)                # (n, D)
-        return [PAINTS[k] for k in (seen @ self.classifier(name).T).argmax(1).tolist()]
+        return [PAINTS[k] for k in (seen @ self.classifier(name)).argmax(1).tolist()]
 
     @cache
     def classifier(self, name: str) -> torch.Tensor:
-        """A class of objects → (10, D): of each colour the mean of its three prompts."""
-        texts = [text for c in PAINTS for text in (
-            f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}",
-            f"a photo of a {c} object")]
-        read = self.net.encode_text(self.tokenizer(texts).to(self.device))       # (30, D)
-        mean = F.normalize(read, dim=-1).view(len(PAINTS), 3, -1).mean(1)        # (10, D)
-        return F.normalize(mean, dim=-1)
+        """A class of objects → (D, 10): of each colour the mean of its three prompts."""
+        from open_clip import build_zero_shot_classifier
+        texts = (f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}",
+                 "a photo of a {} object")
+        return build_zero_shot_classifier(self.net, self.tokenizer, PAINTS, texts,
+                                          device=self.device)
 
 
 # ---- flops: what a picture costs -----------------------------------------------------------------
@@ -651,105 +563,54 @@ def cost_report(name: str, tokens: int) -> str:
 
 # ---- the command line ----------------------------------------------------------------------------
 
-def number(flag: str, low: float, default: float | None, words: str, kind: type = int) -> dict:
-    """A flag's arguments for argparse. UserError, when it is read: it is out of its range."""
-    def value(text: str) -> float:
-        read = kind(text)
-        if not low <= read < 2 ** 31:                                            # not: NaN, too
-            raise UserError(f"{flag} {text}: it must be at least {low}, and below 2^31")
-        return read
-    return dict(type=value, default=default, help=words)
-
-
-FLAGS = {
-    "checkpoints": dict(nargs="+", help="folders that train.py wrote (flops: or presets)"),
-    "source": dict(help="checkpoint: folder or hub id (score: DIR)"),
-    "out": dict(help="DIR to write to"),
-    "--out": dict(help="folder of the results; default: the checkpoint's, or in runs"),
-    "--n": number("--n", len(TASKS), 600, "prompts"),
-    "--levels": number("--levels", 2, 9, "of each target, from 0 to 1"),
-    "--curve": number("--curve", 0, 120, "prompts of each point of the curves; 0: none"),
-    "--best": number("--best", 1, 24, "prompts of best of N"),
-    "--candidates": dict(type=int, default=128, choices=[0, *(2 ** k for k in range(13))],
-                         help="the largest N; 0: none"),
-    "--targets": dict(nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1"),
-    "--guidance": number("--guidance", 0, None, "w, 0 = off; default: the checkpoint's", float),
-    "--steps": number("--steps", 1, None, "default: the checkpoint's"),
-    "--seed": number("--seed", 0, 0, "of the noise (shapes: and of the prompts)"),
-    "--negative-prompt": dict(help="caption of the negative branch; default: the same caption"),
-    "--samples": number("--samples", 1, 1, "pictures a prompt"),
-    "--batch": number("--batch", 1, 32, "pictures at once; changes no more than rounding"),
-    "--variant": dict(help="subfolder of the checkpoint, such as miro-only-clip"),
-    "--text-encoder": dict(help="folder or hub id of a T5; default: the checkpoint's"),
-    "--vae": dict(help="folder or hub id of an AutoencoderKL; default: the checkpoint's"),
-    "--rewards": dict(default="analytic", help="analytic, all (the paper's seven), or a,b,c"),
-    "--prompts": dict(help="file: a prompt a line; default: the embedded world's"),
-    "--models": dict(help="folder with OWNER/NAME/files of the hub; default: from the hub"),
-    "--tokens": number("--tokens", 1, 77, "of text"),
-}
-GENERATION = ("--targets --guidance --steps --seed --negative-prompt --samples --batch --variant "
-              "--text-encoder --vae")
-COMMANDS = {                                                        # flags, defaults of its own
-    "shapes": ("checkpoints --n --targets --guidance --steps --seed --out", {}),
-    "control": ("checkpoints --n --levels --out", dict(n=48)),
-    "compare": ("checkpoints --n --targets --guidance --curve --best --candidates --out", {}),
-    "rewards": (f"source --rewards --prompts --out --models {GENERATION}", {}),
-    "generate": (f"source out {GENERATION}", dict(samples=4)),
-    "score": ("source --models", {}),
-    "flops": ("checkpoints --tokens", {}),
-}
-
-
 def read_command(argv=None) -> argparse.Namespace:
     """The command and its flags. UserError: one is out of its range."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    parts = commands.add_parser("geneval").add_subparsers(dest="command", required=True)
-    for name, (flags, defaults) in COMMANDS.items():
-        command = (parts if name in ("generate", "score") else commands).add_parser(name)
-        for flag in flags.split():
-            command.add_argument(flag, **FLAGS[flag])
-        command.set_defaults(**defaults)
+    of_shapes, of_control, of_compare, of_geneval, of_flops = (
+        commands.add_parser(name).add_argument
+        for name in ("shapes", "control", "compare", "geneval", "flops"))
+    for add, n in ((of_shapes, 600), (of_control, 48), (of_compare, 600)):
+        add("checkpoints", nargs="+", help="folders that train.py wrote")
+        add("--n", type=between(int, len(TASKS)), default=n, help="prompts")
+        add("--out", help="folder of the results; default: the checkpoint's, or in runs")
+    for add in (of_shapes, of_compare):
+        add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1")
+        add("--guidance", type=between(float), help="w, 0 = off; default: the checkpoint's")
+    of_shapes("--steps", type=between(int, 1), help="default: the checkpoint's")
+    of_shapes("--seed", type=between(int), default=0, help="of the prompts and of the noise")
+    of_control("--levels", type=between(int, 2), default=9, help="of each target, from 0 to 1")
+    of_compare("--curve", type=between(int), default=120, help="prompts of a point; 0: no curves")
+    of_compare("--best", type=between(int, 1), default=24, help="prompts of best of N")
+    of_compare("--candidates", type=int, default=128, help="the largest N; 0: none",
+               choices=[0, *(2 ** k for k in range(13))])
+    of_geneval("folder", help="DIR of python sample.py --prompts assets/geneval.jsonl --out DIR")
+    of_geneval("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
+    of_flops("checkpoints", nargs="+", help="folders, or presets")
+    of_flops("--tokens", type=between(int, 1), default=77, help="of text")
     return parser.parse_args(argv)
-
-
-def writable(folder: str | Path) -> Path:
-    """A folder, made if it is not there. UserError: nothing can be written into it."""
-    with suppress(OSError):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    if not Path(folder).is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written to: name another folder (--out)")
-    return Path(folder)
 
 
 def main(argv=None) -> None:
     """One question at a time, checkpoint by checkpoint."""
     args = read_command(argv)
-    if args.command in ("shapes", "control"):
-        if args.out and len(args.checkpoints) > 1:
-            raise UserError("--out takes the results of one checkpoint: name one")
+    if args.command == "compare":
+        print(compare(args.checkpoints, make_folder(args.out or "runs"), args))
+    elif args.command == "geneval":
+        print(geneval(Path(args.folder), args.models))
+    elif args.command == "flops":
+        print("\n\n".join(cost_report(name, args.tokens) for name in args.checkpoints))
+    elif args.out and len(args.checkpoints) > 1:
+        raise UserError("--out takes the results of one checkpoint: name one")
+    else:
         for folder in args.checkpoints:
             print(folder)
-            model, out = sample.load(folder), writable(args.out or folder)
-            if args.command == "shapes":
-                evaluate_folder(model, out, args.n, args.seed, args.targets, args.guidance,
-                                args.steps)
-            else:
+            model, out = sample.load(folder), make_folder(args.out or folder)
+            if args.command == "control":
                 print(control(model, out, args.n, args.levels))
-    elif args.command == "compare":
-        print(compare(args.checkpoints, writable(args.out or "runs"), args))
-    elif args.command == "rewards":
-        print(mean_rewards(args))
-    elif args.command == "generate":
-        file = Path(__file__).parent / "assets" / "geneval.jsonl"
-        generate(args, [json.loads(line) for line in open(file, encoding="utf-8")], args.out)
-        print(f"{args.out} has {args.samples} pictures of each prompt; judge them with\n"
-              f"python evaluate.py geneval score {args.out}")
-    elif args.command == "score":
-        print(geneval_score(Path(args.source), args.models))
-    else:
-        print("\n\n".join(cost_report(name, args.tokens) for name in args.checkpoints))
+            else:
+                sample.set_sampler(model, args)
+                evaluate_folder(model, out, args.n, args.seed, args.targets)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
     python sample.py --prompt "a red circle and a blue square" --targets all=1 colorfulness=0.3
     python sample.py --prompt "two green triangles" --sweep contrast=0:1:5 --n 4
-    python sample.py --prompts prompts.txt --best-of 8 --by alignment --out pictures/
+    python sample.py --prompts prompts.txt --n 4 --out pictures      # a folder: see write_folder
 
     model = sample.load("runs/shapes")         # in a notebook: a run, or the release's folder or id
     x = sample.pictures(model, ["a red circle"] * 2, targets={"contrast": 0.3}, seeds=[0, 1])
 """
 import argparse
+import hashlib
 import json
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -19,13 +21,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 import flow
 from binning import Bins
-from data import (PRECISIONS, T5, VAE, UserError, Words, best_device, encoder_of, first_line, pad,
-                  precision, printable, read_json, run, write_whole)
+from data import (PRECISIONS, T5, VAE, Parser, UserError, Words, best_device, between, encoder_of,
+                  file_digest, first_line, make_folder, pad, precision, printable, read_json, run,
+                  unseal, write_json, write_text, write_whole)
 from model import RELEASE_REWARDS, Config, TextRIN, build, release_config, release_name
 from rewards import reads
 from shapes import ANALYTIC, score_all
@@ -35,8 +38,7 @@ SAMPLERS = {"shapes": dict(guidance=0.5, steps=16, solver="ab2", shift=3.0),    
 # What the embedded world is asked for, found by trial: its most colourful pictures are confetti.
 WORLD_TARGETS = ["all=0.75", "alignment=1"]
 SHIPPED = Path(__file__).parent / "assets" / "shapes"      # a checkpoint of the embedded world
-# The least that a number of a command, or of the sampler in config.json, may be.
-LEAST = dict(guidance=0, steps=1, shift=0.001, seed=0, n=1, best_of=1, batch=1, scale=1)
+RELEASE_FILES = ("config.json", "model.safetensors", "uncond_embedding.npy")
 
 
 @dataclass
@@ -64,37 +66,28 @@ def load(checkpoint, device=None, variant: str | None = None, text_encoder: str 
     that the checkpoint names. UserError: the file, and what is wrong."""
     folder, empty = find(str(checkpoint), variant), None
     file, weights_file = folder / "config.json", folder / "model.safetensors"
-    for needed in (file, weights_file):
-        if not needed.exists():
-            raise UserError(f"{needed} does not exist: train with python train.py, or name another")
-    config = read_json(file)
+    config = read_json(file, sealed=False)
     try:
         weights = load_file(weights_file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights_file} cannot be read: {first_line(error)}") from error
     try:
-        if "coherence_keys" in config["network"]:
+        if "coherence_keys" in config.get("network", {}):
             config, weights, empty = read_release(folder, config, weights)
-        vae = VAE(vae or config["vae"]) if vae or config["vae"] else None
-        if text_encoder:
-            config["text_encoder"] |= dict(kind="t5", source=text_encoder)
-        network, encoder = Config(**config["network"]), encoder_of(config["text_encoder"])
-        bins = Bins.from_config(config["bins"]) if config["bins"] else None
-        sampler, norms = config["sampler"], np.array([config["mean"], config["std"]], np.float64)
-        assert config["format"] == 1, f"format is {config['format']}, not 1"
-        for one in fields(Config)[1:]:
-            value = getattr(network, one.name)
-            assert isinstance(value, (one.type, int)) and 0 <= value < 1e6, f"{one.name} is {value}"
-        for key in ("guidance", "steps", "shift"):
-            assert LEAST[key] <= sampler[key] < 1e6, f"sampler.{key} is {sampler[key]}"
-        assert sampler["solver"] in ("euler", "ab2"), f"sampler.solver is {sampler['solver']}"
-        assert norms.shape == (2, network.channels), f"mean and std are {norms.tolist()}"
-    except (ValueError, TypeError, LookupError, AssertionError) as error:
+        elif unseal(config)["weights"] != file_digest(weights_file):
+            raise UserError(f"{weights_file} is damaged, or not that of {file}: copy both again")
+        network = Config(**config["network"])
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise UserError(f"{file}: {type(error).__name__}: {first_line(error)}") from error
-    try:
-        net = build(network)
-    except AssertionError as error:               # sizes that do not go together; else it is a bug
-        raise UserError(f"{file}: {first_line(error)}") from error
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f"{weights_file} has weights that are not finite: take an earlier one")
+    config["vae"] = vae or config["vae"]
+    vae = VAE(config["vae"]) if config["vae"] else None
+    if text_encoder:
+        config["text_encoder"] |= dict(kind="t5", source=text_encoder)
+    encoder = encoder_of(config["text_encoder"])
+    bins = Bins.from_config(config["bins"]) if config["bins"] else None
+    net = build(network)
     shapes = {(name, tensor.shape) for name, tensor in net.state_dict().items()}
     wrong = shapes ^ {(name, tensor.shape) for name, tensor in weights.items()}
     if wrong:
@@ -110,13 +103,11 @@ def find(checkpoint: str, variant: str | None) -> Path:
     folder = Path(checkpoint, variant or "")
     if folder.exists() or checkpoint.count("/") != 1 or Path(checkpoint).parent.is_dir():
         return folder
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import snapshot_download
+    files = [Path(variant or "", name).as_posix() for name in RELEASE_FILES]
     try:
-        hf_hub_download(checkpoint, "model.safetensors", subfolder=variant)
-        with suppress(errors.EntryNotFoundError):                             # ours have none
-            hf_hub_download(checkpoint, "uncond_embedding.npy", subfolder=variant)
-        return Path(hf_hub_download(checkpoint, "config.json", subfolder=variant)).parent
-    except (OSError, ValueError, errors.EntryNotFoundError) as error:     # HTTP's are OSErrors
+        return Path(snapshot_download(checkpoint, allow_patterns=files), variant or "")
+    except (OSError, ValueError) as error:                                # HTTP's are OSErrors
         raise UserError(f"{folder}: there is no such folder, and the hub does not give it "
                         f"({first_line(error)}): name a checkpoint") from error
 
@@ -153,23 +144,20 @@ def read_release(folder: Path, config: dict, weights: dict) -> tuple:
 
 
 def pictures(model: Model, prompts, targets=None, negative=None, seeds=None, guidance=None,
-             steps=None, solver=None, shift=None, interval=(0.0, 1.0), negative_prompt=None,
-             batch=64, progress=None) -> torch.Tensor:
+             steps=None, solver=None, shift=None, negative_prompt=None, batch=64,
+             progress=None) -> torch.Tensor:
     """Pictures of prompts (B), from noise of seeds (B), by default 0 to B - 1: uint8 (B, 3, S, S)
     on the CPU, of latents (B, 3, 8 S, 8 S). UserError: no such level, or pictures of NaN.
 
     targets: {"contrast": 0.3} or ["all=1", "contrast=0.3"], laid over the checkpoint's own, the
     rest 1; or a tensor (B, R), NaN = not asked for. negative: what to move away from, the rest 0.
-    guidance, steps, solver, shift: None = the checkpoint's own. interval: times with guidance.
+    guidance, steps, solver, shift: None = the checkpoint's own. progress: called after each step.
     negative_prompt: None = the same (the paper's equation 5), "" = the release's choice."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = range(len(prompts)) if seeds is None else list(seeds)
     assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
-    c, sampler = model.config["network"], model.config["sampler"]
-    w = sampler["guidance"] if guidance is None else guidance
-    steps = sampler["steps"] if steps is None else steps
-    solver = sampler["solver"] if solver is None else solver
-    shift = sampler["shift"] if shift is None else shift
+    given = dict(guidance=guidance, steps=steps, solver=solver, shift=shift)
+    sampler = model.config["sampler"] | {k: v for k, v in given.items() if v is not None}
     own = read_targets(model.config["targets"], model.rewards, 1.0, "targets")
     s = []                                                                       # s_pos, s_neg
     for asked, rest, flag in ((targets, own, "targets"), (negative, 0.0, "negative")):
@@ -178,9 +166,10 @@ def pictures(model: Model, prompts, targets=None, negative=None, seeds=None, gui
         assert asked.shape == (len(prompts), len(model.rewards)), (flag, asked.shape)
         assert not ((asked < 0) | (asked > 1)).any(), f"{flag}: a level is from 0 to 1, or NaN"
         s.append(asked.float().cpu())                                            # (B, R)
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    eps = torch.stack([torch.randn(c["channels"], c["size"], c["size"], generator=generator)
-                       for generator in generators])                             # (B, C, S, S)
+    c = model.net.config
+    eps = torch.stack([torch.randn(c.channels, c.size, c.size,
+                                   generator=torch.Generator().manual_seed(int(seed)))
+                       for seed in seeds])                                       # (B, C, S, S)
     texts = texts_neg = model.encoder.states(prompts)                            # B of (L, E)
     if negative_prompt == "" and model.empty is not None:
         texts_neg = [model.empty] * len(prompts)                                 # as the release
@@ -194,9 +183,10 @@ def pictures(model: Model, prompts, targets=None, negative=None, seeds=None, gui
             text, mask = pad([*texts[part], *texts_neg[part]])                   # (2 b, L, E | L)
             given = (eps[part], s[0][part], s[1][part], *text.chunk(2), *mask.chunk(2))
             noise, s_pos, s_neg, text, text_neg, mask, mask_neg = (a.to(device) for a in given)
-            branches = flow.branches(s_pos, s_neg, text, mask, w, text_neg, mask_neg)
-            x.append(flow.sample(model.net, noise, branches, steps, solver, shift,
-                                 progress).cpu())                                # (b, C, S, S)
+            branches = flow.branches(s_pos, s_neg, text, mask, sampler["guidance"], text_neg,
+                                     mask_neg)
+            x.append(flow.sample(model.net, noise, branches, sampler["steps"], sampler["solver"],
+                                 sampler["shift"], progress=progress).cpu())     # (b, C, S, S)
     mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     x = torch.cat(x) * std + mean                                                # (B, C, S, S)
     if not x.isfinite().all():
@@ -232,36 +222,28 @@ def read_targets(asked, rewards: tuple, rest, flag: str) -> list:
     return list(found.values())
 
 
-def tile(picture: torch.Tensor, lines: list, scale: int) -> Image.Image:
-    """A picture (3, S, S), enlarged without smoothing, over lines of text."""
-    side, font = picture.shape[-1] * scale, ImageFont.load_default(11)
-    image = Image.new("RGB", (side, side + 13 * len(lines) + 4), "white")
-    image.paste(to_image(picture).resize((side, side), Image.NEAREST))
-    ImageDraw.Draw(image).text((2, side + 2), "\n".join(lines), "black", font, spacing=1)
-    return image
-
-
-def to_image(picture: torch.Tensor) -> Image.Image:
-    """uint8 (3, H, W) → an image of Pillow."""
-    return Image.fromarray(picture.permute(1, 2, 0).numpy())
-
-
-def grid(rows: list, headings: list | None = None, labels: list | None = None) -> Image.Image:
-    """Rows of tiles, with a heading over each column and a label over each row, if given."""
-    labels = [printable(label)[:200] for label in labels or []]     # a caption may be a whole novel
-    width = 4 + max(piece.width for row in rows for piece in row)
-    height = 4 + max(piece.height for row in rows for piece in row)
-    top, over, font = 18 * bool(headings), 18 * bool(labels), ImageFont.load_default(12)
-    wide = max([width * max(map(len, rows)), *(int(font.getlength(text)) + 6 for text in labels)])
+def grid(rows: list, scale: int, headings=(), labels=()) -> Image.Image:
+    """Rows of (picture (3, S, S), lines of text below it), enlarged without smoothing, with a
+    heading over each column and a label over each row, if given."""
+    (picture, lines), font = rows[0][0], ImageFont.load_default(11)
+    side = picture.shape[-1] * scale
+    width, height = side + 4, side + 13 * len(lines) + 8
+    labels = [printable(label)[:200] for label in labels]           # a caption may be a whole novel
+    top, over = 18 * bool(headings), 18 * bool(labels)
+    wide = max([width * len(rows[0]), *(int(font.getlength(label)) + 6 for label in labels)])
     image = Image.new("RGB", (wide, top + len(rows) * (height + over)), "white")
     draw = ImageDraw.Draw(image)
-    for j, heading in enumerate(headings or []):
+    for j, heading in enumerate(headings):
         draw.text((j * width + 2, 2), heading, "black", font)
-    for i, label in enumerate(labels):
-        draw.text((2, top + i * (height + over) + 2), label, "black", font)
     for i, row in enumerate(rows):
-        for j, piece in enumerate(row):
-            image.paste(piece, (j * width, top + i * (height + over) + over))
+        y = top + i * (height + over)
+        if labels:
+            draw.text((2, y + 2), labels[i], "black", font)
+        for j, (picture, lines) in enumerate(row):
+            shown = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            image.paste(shown.resize((side, side), Image.NEAREST), (j * width, y + over))
+            place = (j * width + 2, y + over + side + 2)
+            draw.text(place, "\n".join(lines), "black", font, spacing=1)
     return image
 
 
@@ -272,66 +254,54 @@ def progress_grid(model: Model) -> Image.Image:
     seeds = [i for i in range(len(prompts)) for _ in columns]                    # (B,)
     s = torch.tensor(columns * len(prompts))[:, None].expand(-1, len(model.rewards))   # (B, R)
     x = pictures(model, [prompts[i] for i in seeds], s, seeds=seeds)             # (B, 3, S, S)
-    tiles = [tile(picture, [], max(1, 96 // x.shape[-1])) for picture in x]
-    rows = [tiles[i:i + len(columns)] for i in range(0, len(tiles), len(columns))]
-    return grid(rows, [f"all={level:g}" for level in columns] if model.rewards else None, prompts)
+    rows = [[(picture, ()) for picture in row] for row in x.split(len(columns))]
+    headings = [f"all={level:g}" for level in columns] if model.rewards else ()
+    return grid(rows, max(1, 96 // x.shape[-1]), headings, prompts)
 
 
-def write_png(image: Image.Image, path: Path, settings: dict) -> None:
-    """Save with the settings as JSON in the PNG's text chunk "miro", whole."""
-    chunk = PngImagePlugin.PngInfo()
-    chunk.add_text("miro", json.dumps(settings))
-    write_whole(path, lambda temporary: image.save(temporary, "png", pnginfo=chunk))
+def fingerprint(model: Model, *asked) -> str:
+    """16 hex digits of all that pictures depend on: the model, and what is asked of it."""
+    weights = hashlib.sha256(save(model.net.state_dict())).hexdigest()
+    parts = [model.config[key] for key in ("mean", "std", "text_encoder", "vae", "sampler")]
+    made_of = [weights, *parts, str(precision(model.precision, model.device)), *asked]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
 def read_command(argv=None) -> argparse.Namespace:
     """The flags. UserError: one cannot be, or two do not go together."""
-    parser = argparse.ArgumentParser(description="sample pictures with reward targets")
+    parser = Parser(description="sample pictures with reward targets")
     trained, add = Path("runs/shapes/model.safetensors").exists(), parser.add_argument
     add("--checkpoint", default="runs/shapes" if trained else str(SHIPPED), help="folder or hub id")
     add("--variant", help="subfolder of the checkpoint, such as miro-only-clip")
     add("--text-encoder", help="folder or hub id of a T5")
     add("--vae", help="folder or hub id of an AutoencoderKL")
-    add("--prompt", help="one prompt")
-    add("--prompts", help="file: prompts, or JSON with prompt, targets, negative, seed, one a line")
+    either = parser.add_mutually_exclusive_group(required=True).add_argument
+    either("--prompt", help="one prompt")
+    either("--prompts", help='file: a prompt a line, as text or as JSON with a "prompt"')
     add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default: its own")
     add("--negative", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=0")
     add("--negative-prompt", help='default: the same caption ("" is the release\'s choice)')
     add("--sweep", type=sweep, default=[], metavar="REWARD=FIRST:LAST:COUNT")
-    add("--guidance", type=float, help="w, 0 = off; default, also of the next 3: the checkpoint's")
-    add("--steps", type=int)
+    add("--guidance", type=between(float), help="w, 0 = off; of this and the next 3 the default "
+        "is the checkpoint's own")
+    add("--steps", type=between(int, 1))
     add("--solver", choices=("euler", "ab2"))
-    add("--shift", type=float, help="above 1: more steps near the noise")
-    add("--interval", type=float, nargs=2, default=(0.0, 1.0), help="times t with guidance")
-    add("--seed", type=int, default=0, help="of the first picture of a prompt")
-    add("--n", type=int, default=1, help="pictures a prompt")
-    add("--best-of", type=int, default=1, help="candidates of which the best is kept")
+    add("--shift", type=between(float, 0.001), help="above 1: more steps near the noise")
+    add("--seed", type=between(int), default=0, help="of the first picture; then they count on")
+    add("--n", type=between(int, 1), default=1, help="pictures a prompt")
+    add("--best-of", type=between(int, 1), default=1, help="candidates: the best is kept")
     add("--by", choices=ANALYTIC, help="the reward that chooses among candidates")
-    add("--batch", type=int, default=64, help="pictures at once")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA")
-    add("--scale", type=int, help="enlargement of the tiles")
+    add("--batch", type=between(int, 1), default=64, help="at once; changes only rounding")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA")
     add("--out", default="out.png", help="figure NAME.png, or a folder for single pictures")
     args = parser.parse_args(argv)
-    for key, least in LEAST.items():
-        value = getattr(args, key)
-        if value is not None and not least <= value <= 1e15:                             # nor NaN
-            raise UserError(f"--{key.replace('_', '-')} {value}: it is from {least} to 1e15")
-    if args.by and args.best_of == 1:
-        raise UserError(f"--by {args.by} chooses among candidates: pass --best-of, too")
-    if not 0 <= args.interval[0] <= args.interval[1] <= 1:
-        raise UserError(f"--interval {args.interval[0]:g} {args.interval[1]:g}: it is two times, "
-                        "0 <= first <= last <= 1")
-    if (args.prompt is None) == (args.prompts is None):
-        raise UserError("name one of --prompt TEXT and --prompts FILE")
-    out = Path(args.out)
-    if out.suffix not in ("", ".png") or out.is_dir() and (out.suffix or any(out.iterdir())):
-        raise UserError(f"--out {out}: name a .png, or a folder that is new or empty")
-    try:
-        (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {first_line(error)}") from error
+    suffix = Path(args.out).suffix
+    if suffix not in ("", ".png") or suffix and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: name a .png, or a folder")
+    if not suffix and (args.sweep or args.best_of > 1 or args.by):
+        raise UserError(f"--sweep, --best-of and --by make a figure: --out {args.out}.png")
     return args
 
 
@@ -343,93 +313,135 @@ def sweep(text: str) -> list:
     return [f"{name}={level:.4g}" for level in np.linspace(float(first), float(last), int(count))]
 
 
-def main(argv=None) -> None:
-    """The command line: load, sample, measure, save, and say what it cost."""
-    args, began = read_command(argv), time.time()
-    model = load(args.checkpoint, None, args.variant, args.text_encoder, args.vae)
-    model.precision, sampler = args.precision, model.config["sampler"]
+def set_sampler(model: Model, args: argparse.Namespace) -> None:
+    """Let guidance, steps, solver and shift that are among the flags replace the checkpoint's."""
+    sampler = model.config["sampler"]
     sampler.update({k: v for k, v in vars(args).items() if k in sampler and v is not None})
-    jobs = plan(args, model)
-    prompts, seeds, s_pos, s_neg = ([job[key] for job in jobs]
-                                    for key in ("prompt", "seed", "s_pos", "s_neg"))
-    names = [name for name in model.rewards if name in ANALYTIC
-             and (name != "alignment" or all(reads(prompt) for prompt in prompts))]
-    if args.best_of > 1 and args.by not in names:
-        raise UserError(f"--best-of needs --by one of {', '.join(names) or 'no reward'}")
-    with tqdm(total=-(-len(jobs) // args.batch) * sampler["steps"], disable=None) as bar:
-        x = pictures(model, prompts, torch.tensor(s_pos), torch.tensor(s_neg), seeds,
-                     interval=args.interval, negative_prompt=args.negative_prompt,
-                     batch=args.batch, progress=bar.update)                      # (B, 3, S, S)
-    raw = score_all(names, x, prompts)                                           # (B, R')
-    levels = raw                                       # of no reward: a baseline, the release
-    if names:
-        levels = model.bins.select(names).to_target(raw)                         # (B, R')
-    for job, scores, places in zip(jobs, raw.tolist(), levels.tolist()):
-        job |= dict(raw=dict(zip(names, scores)), measured=dict(zip(names, places)))
-    if args.best_of > 1:                               # by raw scores: levels tie in the top bin
-        groups = raw[:, names.index(args.by)].view(-1, args.best_of)             # candidates a row
-        best = groups.argmax(1) + torch.arange(len(groups)) * args.best_of
-        jobs, x = [jobs[k] for k in best], x[best]
-    save(jobs, x, args, model)
-    print(f"{args.checkpoint}, {sampler}, targets {model.config['targets'] + args.targets}: "
-          f"{len(prompts)} pictures in {time.time() - began:.1f} s, wrote {args.out}")
 
 
-def plan(args, model: Model) -> list:
-    """A dict(prompt, seed, s_pos, s_neg) a picture, row by row, candidates beside each other."""
-    rewards, jobs = model.rewards, []
-    own = read_targets([*model.config["targets"], *args.targets], rewards, 1.0, "--targets")
-    away = read_targets(args.negative, rewards, 0.0, "--negative")
-    for want in read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]:
-        where = f"{args.prompts}, {want['prompt']!r}: "
-        s_pos = read_targets(want.get("targets"), rewards, own, where + "targets")
-        s_neg = read_targets(want.get("negative"), rewards, away, where + "negative")
-        columns = [read_targets([level], rewards, s_pos, "--sweep") for level in args.sweep]
-        for i, s, k in product(range(args.n), columns or [s_pos], range(args.best_of)):
-            seed = want.get("seed", args.seed) + i * args.best_of + k
-            jobs.append(dict(prompt=want["prompt"], seed=seed, s_pos=s, s_neg=s_neg))
-    return jobs
+def main(argv=None) -> None:
+    """The command line: load, sample, save, and say what it cost."""
+    args, began = read_command(argv), time.time()
+    wanted = read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]
+    model = load(args.checkpoint, None, args.variant, args.text_encoder, args.vae)
+    model.precision = args.precision
+    set_sampler(model, args)
+    prompts = [want["prompt"] for want in wanted]
+    jobs = plan(args, model, prompts)
+    model.encoder.states([*prompts, args.negative_prompt or ""])    # all at once: a T5 loads once
+    if Path(args.out).suffix:
+        write_figure(args, model, jobs)
+    else:
+        write_folder(args, model, jobs, wanted)
+    print(f"{args.checkpoint}, {model.config['sampler']}, targets "
+          f"{model.config['targets'] + args.targets}: {len(jobs)} pictures in "
+          f"{time.time() - began:.1f} s, wrote {args.out}")
 
 
-def read_prompts(path: str) -> list:
-    """Lines of text, or of JSON (prompt; targets, negative, seed if wanted) → list of dict."""
-    kinds, jobs = {"prompt": str, "targets": dict, "negative": dict, "seed": int}, []
+def read_prompts(path: str) -> list[dict]:
+    """A file with a prompt a line, as text or as JSON → {"prompt": text, what else the JSON has}.
+    UserError: it cannot be read, a line has no prompt, or none has one."""
+    wanted, number = [], 1
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: there is no such file, or it is not text in UTF-8") \
-            from error
-    for number, line in enumerate(map(str.strip, lines), 1):
-        try:
-            job = json.loads(line) if line.startswith("{") else {"prompt": line}
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
-        wrong = [key for key, value in job.items() if type(value) is not kinds.get(key)]
-        if wrong or "prompt" not in job or not 0 <= job.get("seed", 0) < 2 ** 62:
-            raise UserError(f"{path}, line {number} needs a text prompt, and may have targets and "
-                            f"negative (reward: level) and a seed (0 or more): see {wrong or line}")
-        if line:
-            jobs.append(job)
-    if not jobs:
-        raise UserError(f"{path} has no prompt: write one a line")
+        for number, line in enumerate(map(str.strip, lines), 1):
+            want = json.loads(line) if line.startswith("{") else {"prompt": line}
+            if not isinstance(want.get("prompt"), str):
+                raise ValueError('it has no "prompt" that is text')
+            if line:
+                wanted.append(want)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--prompts {path}, line {number}: {first_line(error)}; write a prompt a "
+                        'line, as text or as JSON with a "prompt", in UTF-8') from error
+    if not wanted:
+        raise UserError(f"--prompts {path} has no prompt: write one a line")
+    return wanted
+
+
+def plan(args, model: Model, prompts: list[str]) -> list[dict]:
+    """A dict(prompt, seed, s_pos) a picture, row by row, candidates beside each other.
+    Picture i of prompt k has seed --seed + k n + i, where n = --n; with --best-of N its candidates
+    have the N seeds from --seed + (k n + i) N on. The levels of a sweep share one."""
+    asked, jobs, N = [*model.config["targets"], *args.targets], [], args.best_of
+    s = read_targets(asked, model.rewards, 1.0, "--targets")
+    columns = [read_targets([level], model.rewards, s, "--sweep") for level in args.sweep] or [s]
+    for k, i, s_pos, j in product(range(len(prompts)), range(args.n), columns, range(N)):
+        seed = args.seed + (k * args.n + i) * N + j
+        jobs.append(dict(prompt=prompts[k], seed=seed, s_pos=s_pos))
     return jobs
 
 
-def save(jobs: list, x: torch.Tensor, args, model: Model) -> None:
-    """One figure of tiles (--out NAME.png), or one plain picture a file (--out FOLDER)."""
-    out, settings, tiles = Path(args.out), vars(args) | model.config["sampler"], []
-    for i, (job, picture) in enumerate(zip(jobs, x)):
-        if out.suffix == "":
-            write_png(to_image(picture), out / f"{i:05d}.png", settings | {"pictures": [job]})
+def painted(args, model: Model, jobs: list[dict]) -> Iterator[torch.Tensor]:
+    """The pictures of jobs, uint8 (3, S, S) each, batch by batch."""
+    starts = range(0, len(jobs), args.batch)
+    with tqdm(total=len(starts) * model.config["sampler"]["steps"], disable=None) as bar:
+        for first in starts:
+            part = jobs[first:first + args.batch]
+            prompts, seeds, s_pos = ([job[key] for job in part]
+                                     for key in ("prompt", "seed", "s_pos"))
+            yield from pictures(model, prompts, torch.tensor(s_pos), args.negative, seeds,
+                                negative_prompt=args.negative_prompt, batch=args.batch,
+                                progress=bar.update)
+
+
+def write_figure(args, model: Model, jobs: list[dict]) -> None:
+    """One figure: a row a prompt, or with --sweep a noise; below each picture its seed, and the
+    levels asked for > measured; the settings as JSON in the PNG's text chunk "miro".
+    UserError: --best-of without a reward that can be measured."""
+    prompts, columns, N = [job["prompt"] for job in jobs], len(args.sweep) or args.n, args.best_of
+    names = [name for name in ANALYTIC if name in model.rewards
+             and (name != "alignment" or all(map(reads, prompts)))]
+    if (N > 1) != (args.by in names):
+        raise UserError(f"--best-of needs --by one of {', '.join(names) or 'no reward'}, and --by "
+                        "needs --best-of")
+    make_folder(Path(args.out).parent)
+    x = torch.stack([*painted(args, model, jobs)])                               # (B, 3, S, S)
+    raw = score_all(names, x, prompts)                                           # (B, R')
+    levels = model.bins.select(names).to_target(raw) if names else raw           # (B, R')
+    tiles = []
+    for job, picture, scores, places in zip(jobs, x, raw.tolist(), levels.tolist()):
         asked, lines = dict(zip(model.rewards, job["s_pos"])), [f"seed {job['seed']}"]
-        for name, level in job["measured"].items():
+        for name, level in zip(names, places):
             lines.append(f"{name[:5]} {asked[name]:.2f} > {level:.2f}")
-        tiles.append(tile(picture, lines, args.scale or max(1, 120 // x.shape[-1])))
-    if out.suffix == ".png":
-        columns = len(args.sweep) or args.n
-        rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
-        figure = grid(rows, args.sweep, [job["prompt"] for job in jobs[::columns]])
-        write_png(figure, out, settings | {"pictures": jobs})
+        job |= dict(raw=dict(zip(names, scores)), measured=dict(zip(names, places)))
+        tiles.append((picture, lines))
+    if N > 1:                                          # by raw scores: levels tie in the top bin
+        best = raw[:, names.index(args.by)].view(-1, N).argmax(1).tolist()       # of each N
+        kept = [N * k + number for k, number in enumerate(best)]
+        jobs, tiles = [jobs[k] for k in kept], [tiles[k] for k in kept]
+    rows = [tiles[first:first + columns] for first in range(0, len(tiles), columns)]
+    figure = grid(rows, max(1, 120 // x.shape[-1]), args.sweep,
+                  [job["prompt"] for job in jobs[::columns]])
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text("miro", json.dumps(vars(args) | model.config["sampler"] | {"pictures": jobs}))
+    write_whole(Path(args.out), partial(figure.save, format="png", pnginfo=chunk))
+
+
+def write_folder(args, model: Model, jobs: list[dict], wanted: list[dict]) -> None:
+    """Single pictures, as GenEval has them: of prompt k NNNNN/metadata.jsonl, its line as JSON, and
+    of picture i NNNNN/samples/NNNN.png; also metadata.jsonl (file_name, text), with which data.py
+    imports the folder, and settings.json. Pictures that are there are kept.
+    UserError, before anything is made: there are other files, or pictures of other settings."""
+    out, paths = Path(args.out), []
+    file, s_neg = out / "settings.json", read_targets(args.negative, model.rewards, 0.0, "negative")
+    settings = dict(made_of=fingerprint(model, wanted), n=args.n, seed=args.seed, s_neg=s_neg,
+                    s_pos=jobs[0]["s_pos"], negative_prompt=args.negative_prompt,
+                    **model.config["sampler"])
+    if any(out.glob("[!.]*")) and not (file.exists() and read_json(file) == settings):
+        raise UserError(f"--out {out} has other files, or pictures of other settings: name a new "
+                        "folder")
+    write_json(make_folder(out) / file.name, settings)
+    for k, want in enumerate(wanted):
+        folder = make_folder(out / f"{k:05d}" / "samples")
+        write_text(folder.with_name("metadata.jsonl"), json.dumps(want))
+        paths += [folder / f"{i:04d}.png" for i in range(args.n)]
+    lines = [{"file_name": path.relative_to(out).as_posix(), "text": job["prompt"]}
+             for path, job in zip(paths, jobs)]
+    write_text(out / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    missing = [k for k, path in enumerate(paths) if not path.exists()]
+    for k, picture in zip(missing, painted(args, model, [jobs[k] for k in missing])):
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        write_whole(paths[k], partial(image.save, format="png"))
 
 
 if __name__ == "__main__":

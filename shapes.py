@@ -95,7 +95,7 @@ class Claims:
 def write_world(folder, n: int, seed: int, size: int = SIZE, shard: int = 1000) -> None:
     """Write n samples as DATA, `shard` of them a file: the same for the same arguments. Finished
     shards stay: run again after an interruption. UserError: the folder holds other data."""
-    folder = make_folder(folder, "the world's folder")
+    folder = make_folder(folder)
     start = [sample(seed, i, size) for i in range(min(n, 16))]      # an older shapes.py drew others
     drawn = hashlib.sha256(b"".join(x.tobytes() + caption.encode() for x, caption, _ in start))
     world = dict(n=n, seed=seed, size=size, shard=shard, drawn=drawn.hexdigest()[:16])

@@ -44,8 +44,9 @@ import rewards
 import sample
 import shapes
 from data import (PRECISIONS, T5, VAE, Data, Order, Parser, Shard, UserError, Words, best_device,
-                  between, end, first_line, hold, make_folder, pad, precision, rank_store,
-                  refuse_too_many, run, span, stream, write_text, write_whole)
+                  between, digest, end, file_digest, first_line, hold, make_folder, pad, precision,
+                  rank_store, refuse_too_many, run, span, stream, write_json, write_text,
+                  write_whole)
 
 
 def flag(default, words: str, low: float = 0, high: float = 2 ** 62, choices=None):
@@ -113,7 +114,7 @@ def main(argv=None):
     """The whole run, in the order in which things happen."""
     args, network = read_args(argv)
     device, rank, ranks = start_ranks(args.wait)
-    out, dtype = make_folder(args.out, "--out"), precision(args.precision, device)
+    out, dtype = make_folder(args.out), precision(args.precision, device)
     if rank == 0:
         hold(out)
     keep_freed_memory()
@@ -583,8 +584,7 @@ def start_ranks(minutes: float) -> tuple:
 def compare_ranks(config: dict, rank: int, ranks: int) -> None:
     """UserError: this rank has read other data, bins or flags than rank 0, on another machine."""
     if ranks > 1:
-        content = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        mine = torch.tensor(int(content[:15], 16))
+        mine = torch.tensor(int(digest(config)[:15], 16))
         first = mine.clone()
         dist.broadcast(first, 0)
         if first != mine:
@@ -625,8 +625,9 @@ def write_state(content: dict, path: Path) -> None:
 def save_pair(folder: Path, step: int, state: State) -> None:
     """What sample.py reads: model.safetensors, the averaged weights, with config.json."""
     weights = {name: w.contiguous().cpu() for name, w in state.average.state_dict().items()}
-    write_whole(folder / "model.safetensors", partial(save_file, weights))
-    write_text(folder / "config.json", json.dumps(state.config | dict(step=step)))
+    file = folder / "model.safetensors"
+    write_whole(file, partial(save_file, weights))
+    write_json(folder / "config.json", state.config | dict(step=step, weights=file_digest(file)))
 
 
 def load_checkpoint(out: Path) -> dict | None:

@@ -1,5 +1,6 @@
-"""evaluate.py on the embedded world: the benchmark, control, comparison of runs, mean rewards."""
+"""evaluate.py on the embedded world: the benchmark, control, comparison of runs."""
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -113,8 +114,8 @@ def test_the_evaluation_is_the_mean_score_of_what_sample_py_makes(model, tmp_pat
 
 def test_other_targets_are_judged_alone_and_out_leaves_the_checkpoint_as_it_is(
         folder, model, tmp_path, monkeypatch):
-    access = evaluate.os.access
-    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: path != str(folder)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(folder)
                         and access(path, mode))                     # a read-only disk, for root too
     before, out = sorted(folder.rglob("*")), tmp_path / "o" / "p"
     assert f"{folder} cannot be written to: name another" in fails("shapes", folder)
@@ -133,9 +134,11 @@ def test_other_targets_are_judged_alone_and_out_leaves_the_checkpoint_as_it_is(
 
 def test_the_shipped_checkpoint_shows_what_is_asked_for():
     """docs/results.md's row, on a tenth of its prompts: 0.984 and 96.3 %."""
+    shipped = sample.load(sample.SHIPPED, "cpu")
+    shipped.config["sampler"]["guidance"] = 1.0
     values, _ = evaluate.measure(
-        sample.load(Path(evaluate.__file__).parent / "assets" / "shapes", "cpu"),
-        evaluate.benchmark(60), range(60), ["all=0.75", "alignment=1"], 1.0)
+        shipped,
+        evaluate.benchmark(60), range(60), ["all=0.75", "alignment=1"])
     accuracy, alignment = values.mean(0)[:2]
     assert alignment > 0.93 and accuracy > 0.88
 
@@ -243,15 +246,17 @@ def test_runs_are_compared_in_two_figures_and_three_tables(runs, tmp_path, monke
     assert set(cells(final)) == {"told", *runs} and final.splitlines()[2].startswith("none")
     wanted, two = evaluate.benchmark(6), [evaluate.benchmark(2)[k // 2] for k in range(4)]
     curves, pairs = [], []
-    for name, asked in (("none", ()), ("all", (["all=0.5", "alignment=1"], 2.0))):
+    for name, w, asked in (("none", 0, ()), ("all", 2, ["all=0.5", "alignment=1"])):
         model = sample.load(runs[name], "cpu")
-        values, _ = evaluate.measure(model, wanted, range(6), *asked)
+        model.config["sampler"]["guidance"] = w
+        values, _ = evaluate.measure(model, wanted, range(6), asked)
         assert cells(final)[name] == ["1", *(f"{value:.3f}" for value in values.mean(0))]
         for step in (1, 2):
             kept = sample.load(runs[name] / f"step-00000{step}", "cpu")
-            values, _ = evaluate.measure(kept, wanted, range(6), *asked)
+            kept.config["sampler"]["guidance"] = w
+            values, _ = evaluate.measure(kept, wanted, range(6), asked)
             curves.append(f"{values[:, 3].mean():.3f}")
-        values, _ = evaluate.measure(model, two, range(4), *asked)
+        values, _ = evaluate.measure(model, two, range(4), asked)
         pairs += [f"{values[:, 3].mean():.3f}", f"{values[:, 3].reshape(2, 2).max(1).mean():.3f}"]
     assert cells(speed)["contrast"][:4] == curves and cells(best)["contrast"][:4] == pairs
     monkeypatch.setattr(sample, "pictures", None)                            # all is remembered
@@ -293,28 +298,3 @@ def test_runs_that_cannot_be_compared_or_swept_are_refused(runs, tmp_path):
     assert "no such reward" in fails("compare", *runs.values(), "--out", tmp_path / "out",
                                      "--targets", "beauty=1")
     assert "was trained with no reward: control sweeps" in fails("control", runs["none"], "--n", 6)
-
-
-# ---- rewards -------------------------------------------------------------------------------------
-
-def test_a_checkpoints_pictures_are_made_scored_and_averaged_over_prompts(
-        folder, model, tmp_path):
-    texts = ["a red circle", "two blue squares"]
-    (tmp_path / "prompts.txt").write_text("\n".join(texts))
-    code, stdout, stderr = run("evaluate.py", "rewards", folder, "--samples", 2, "--prompts",
-                               tmp_path / "prompts.txt", "--rewards", "contrast,sharpness")
-    head, table = stdout.split("4 pictures of 2 prompts; analytic rewards see 16 pixels\n")
-    twice = [text for text in texts for _ in range(2)]
-    shown = sample.pictures(model, twice, levels(model, 4), seeds=range(4))
-    scores = score_all(["contrast"], shown, twice)
-    means = scores.view(2, 2).mean(1)
-    assert code == 0 and cells(table)["contrast"] == [
-        f"{float(means.mean()):.4f}", "±", f"{float(means.std()) / 2 ** 0.5:.4f}"], stderr
-    assert (folder / "pictures" / "00001" / "samples" / "0001.png").exists()
-
-
-def test_mistakes_of_rewards_are_named_before_a_picture_is_made(folder, tmp_path):
-    assert "has no" in fails("rewards", folder, "--rewards", "pick", "--models", tmp_path)
-    (tmp_path / "jobs.txt").write_text('{"prompt": "a circle", "seed": 3}')
-    assert "a prompt alone" in fails("rewards", folder, "--prompts", tmp_path / "jobs.txt")
-    assert not (folder / "pictures").exists()

@@ -54,10 +54,9 @@ def python_of(page: str) -> str:
 
 
 def script_of(command: str) -> tuple[str, ...]:
-    """A script and the words that choose among its commands: evaluate.py geneval score."""
+    """A script and the word that chooses among its commands: evaluate.py geneval."""
     script, *words = shlex.split(command)
-    depth = {"data.py": 1, "evaluate.py": 2 if words[:1] == ["geneval"] else 1}.get(script, 0)
-    return script, *words[:depth]
+    return script, *(words[:1] if script in ("data.py", "evaluate.py") else [])
 
 
 def test_the_words_of_the_glossary_are_not_used_before_it():

@@ -127,22 +127,20 @@ def test_the_releases_reward_names_are_aliases(model):
         assert one == other == [0.25 if name == here else 1.0 for name in REWARDS]
 
 
-def test_a_name_of_the_hub_is_downloaded_with_its_variant_and_may_lack_the_empty_caption_alone(
-        monkeypatch):
-    there, calls = ["config.json", "model.safetensors"], []
-
-    def hf_hub_download(repository, name, subfolder=None):
-        calls.append((repository, name, subfolder))
-        if name not in there:
-            raise huggingface_hub.errors.EntryNotFoundError(f"404: no {name}\nand more")
-        return str(FOLDER / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+def test_a_name_of_the_hub_is_downloaded_with_its_variant(tmp_path, monkeypatch):
+    shutil.copytree(FOLDER, tmp_path / "miro-only-clip")
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, allow_patterns:
+                        calls.append((repository, *allow_patterns)) or str(tmp_path))
     assert load("nicolas-dufour/miro-ablations", variant="miro-only-clip").rewards == REWARDS
-    assert {call[::2] for call in calls} == {("nicolas-dufour/miro-ablations", "miro-only-clip")}
-    assert {call[1] for call in calls} == {*there, "uncond_embedding.npy"}
-    there.pop()
-    with pytest.raises(UserError, match=r"me/mine: .* does not give it \(404: no model[^\n]*$"):
+    assert calls == [("nicolas-dufour/miro-ablations", *(f"miro-only-clip/{name}" for name in (
+        "config.json", "model.safetensors", "uncond_embedding.npy")))]
+
+    def missing(repository, allow_patterns):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("404: no such\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
+    with pytest.raises(UserError, match=r"me/mine: .* does not give it \(404: no such\): [^\n]*$"):
         load("me/mine")
 
 

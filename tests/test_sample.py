@@ -68,7 +68,7 @@ def settings(path) -> dict:
 
 def files(folder) -> torch.Tensor:
     """The pictures of a folder: uint8 (B, 3, H, W)."""
-    every = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    every = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*/samples/*.png"))]
     return torch.from_numpy(np.stack(every)).permute(0, 3, 1, 2)
 
 
@@ -118,7 +118,7 @@ def test_image_i_depends_on_its_seed_and_not_on_the_batch(model):
 
 def test_noise_is_that_of_a_cpu_generator_of_the_seed_and_leaves_the_global_one_alone(
         model, monkeypatch):
-    monkeypatch.setattr(sample.flow, "sample", lambda net, eps, *rest: eps)
+    monkeypatch.setattr(sample.flow, "sample", lambda net, eps, *rest, **more: eps)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
@@ -257,23 +257,6 @@ def test_a_sweep_has_one_column_a_level_of_the_same_noise(place, tmp_path):
     assert sheet.height == 2 * single.height + 18
 
 
-def test_json_lines_may_have_targets_a_negative_and_a_seed_of_their_own(place, model, tmp_path):
-    (tmp_path / "jobs.jsonl").write_text(
-        '{"prompt": "a red circle", "targets": {"contrast": 0.2}, "seed": 9}\n\n'
-        '{"prompt": "two blue squares", "negative": {"all": 0.4, "contrast": 0}}\n a circle ')
-    command(place, tmp_path / "out", "--prompts", tmp_path / "jobs.jsonl", "--seed", 3,
-            "--targets", "all=0.9", "--guidance", 2)
-    first, second, third = (settings(path)["pictures"][0]
-                            for path in sorted((tmp_path / "out").iterdir()))
-    assert (first["s_pos"], first["s_neg"]) == ([0.9, 0.9, 0.2, 0.9, 0.9], [0] * 5)
-    assert first["seed"] == 9 and (third["prompt"], third["seed"]) == ("a circle", 3)
-    assert (second["s_pos"], second["seed"]) == ([0.9] * 5, 3)
-    assert second["s_neg"] == [0.4, 0.4, 0, 0.4, 0.4]
-    wanted = made(model, ["two blue squares"], [3], targets=["all=0.9"],
-                  negative=torch.tensor([second["s_neg"]]), guidance=2.0, steps=2)
-    assert apart(files(tmp_path / "out")[1], wanted[0]) <= 1
-
-
 def test_best_of_keeps_the_best_of_the_measured_candidates(place, tmp_path):
     best = ("--n", 2, "--best-of", 3, "--by", "contrast")
     command(place, tmp_path / "all.png", "--prompt", PROMPTS[0], "--n", 6)
@@ -286,19 +269,49 @@ def test_best_of_keeps_the_best_of_the_measured_candidates(place, tmp_path):
 
 # ---- files ---------------------------------------------------------------------------------------
 
-def test_a_folder_gets_plain_pictures_with_their_settings_and_measured_levels(
-        place, model, tmp_path):
+def test_a_folder_has_genevals_layout_and_goes_on_where_it_was_stopped(place, model, tmp_path):
     out = tmp_path / "a" / "b"
-    command(place, out, "--prompt", PROMPTS[2], "--n", 3, "--seed", 4, "--guidance", 0.5)
-    written = sorted(out.iterdir())
-    assert [path.name for path in written] == ["00000.png", "00001.png", "00002.png"]
-    assert files(out).shape == (3, 3, S, S)
-    raw = score_all(REWARDS, files(out), [PROMPTS[2]] * 3).numpy()
-    for number, (path, levels) in enumerate(zip(written, model.bins.to_target(raw).tolist())):
-        whole = dict(seed=4, guidance=0.5, steps=2, negative_prompt=None, checkpoint=str(place))
-        assert {key: settings(path)[key] for key in whole} == whole
-        [job] = settings(path)["pictures"]
-        assert (job["seed"], job["s_pos"]) == (4 + number, [1.0] * 5)
+    file = tmp_path / "prompts.txt"
+    file.write_text('{"tag": "x", "prompt": "two blue squares"}\n\n a circle ')
+    flags = ("--prompts", file, "--n", 3, "--seed", 4, "--targets", "all=0.5")
+    command(place, out, *flags)
+    wanted = [{"tag": "x", "prompt": "two blue squares"}, {"prompt": "a circle"}]
+    assert [json.loads((out / f"0000{k}" / "metadata.jsonl").read_text()) for k in (0, 1)] == wanted
+    names = [f"0000{k}/samples/000{i}.png" for k in (0, 1) for i in range(3)]
+    texts = [want["prompt"] for want in wanted for _ in range(3)]
+    assert [json.loads(line) for line in (out / "metadata.jsonl").open()] == [
+        {"file_name": name, "text": text} for name, text in zip(names, texts)]
+    pictures = made(model, texts, range(4, 10), targets={"all": 0.5}, steps=2)
+    assert torch.equal(files(out), pictures)
+    said = json.loads((out / "settings.json").read_text())
+    assert (said["seed"], said["s_pos"], said["steps"]) == (4, [0.5] * 5, 2)
+    (out / names[2]).unlink()
+    old = (out / names[3]).stat().st_mtime_ns
+    command(place, out, *flags, "--batch", 2)                          # it was stopped after two
+    assert (out / names[3]).stat().st_mtime_ns == old
+    assert apart(files(out).permute(0, 2, 3, 1), pictures.permute(0, 2, 3, 1)) <= 1
+    for other in (("--seed", 5), ("--n", 2), ("--guidance", 3), ("--negative-prompt", ""),
+                  ("--targets", "all=1")):
+        code, _, stderr = run("sample.py", "--checkpoint", place, "--out", out, "--steps", 2,
+                              *flags, *other)
+        assert code == 2 and "or pictures of other settings: name a new folder" in stderr
+    assert len(files(out)) == 6
+
+
+def test_a_kill_loses_one_batch(place, tmp_path, child):
+    command = ["--checkpoint", place, "--prompt", "a circle", "--n", 6, "--batch", 2, "--steps", 2,
+               "--out", tmp_path / "out"]
+    process = child("sample.py", command, tmp_path, kill=("replace", 8))
+    process.join()
+    assert process.exitcode == -9 and len(files(tmp_path / "out")) == 4
+
+
+def test_the_levels_in_a_figure_are_those_of_its_pictures(place, model, tmp_path):
+    command(place, tmp_path / "out.png", "--prompt", PROMPTS[2], "--n", 3, "--seed", 4)
+    shown = made(model, [PROMPTS[2]] * 3, [4, 5, 6], steps=2)
+    raw = score_all(REWARDS, shown, [PROMPTS[2]] * 3).numpy()
+    for job, levels in zip(settings(tmp_path / "out.png")["pictures"],
+                           model.bins.to_target(raw).tolist()):
         assert job["measured"] == pytest.approx(dict(zip(REWARDS, levels)))
 
 
@@ -311,10 +324,11 @@ def test_alignment_is_not_measured_where_one_prompt_is_of_no_grammar(place, tmp_
 
 def test_a_tile_is_its_picture_enlarged_and_a_long_caption_makes_no_wide_grid():
     picture = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)
-    tile = sample.tile(picture, ["text"], 3)
-    assert np.array_equal(np.asarray(tile)[:12, :12], picture.permute(1, 2, 0)
+    sheet = np.asarray(sample.grid([[(picture, ["text"])]], 3))
+    assert np.array_equal(sheet[:12, :12], picture.permute(1, 2, 0)
                           .repeat_interleave(3, 0).repeat_interleave(3, 1).numpy())
-    assert sample.grid([[tile]], None, ["a circle\n\x1b[31m and " * 1000]).width < 3000
+    rows = [[(picture, ["text"])]]
+    assert sample.grid(rows, 3, (), ["a circle\n\x1b[31m and " * 1000]).width < 3000
 
 
 def test_the_grid_of_training_has_rows_of_prompts_and_columns_of_levels_on_fixed_noise(
