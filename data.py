@@ -75,7 +75,7 @@ def run(main: Callable) -> None:
         sys.exit(2)
     except torch.cuda.OutOfMemoryError as error:
         print(f"the GPU's memory is full ({first_line(error)}): pass a smaller --batch (train.py: "
-              "a larger --accumulate)", file=sys.stderr)
+              "a larger --accumulate; rewards.py: fewer --rewards at once)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -341,15 +341,18 @@ def mean_rewards(args) -> str:
     if any(want.keys() & {"targets", "negative", "seed"} for want in wanted):
         raise UserError(f"--prompts {args.prompts}: here a line has a prompt alone: pass "
                         "--targets and --seed, for all")
-    names = rewards.choose_rewards(args.rewards, [want["prompt"] for want in wanted])
-    folders = rewards.available(names, args.models, False)           # before a picture is made
+    names = rewards.default_rewards([want["prompt"] for want in wanted])
+    if args.rewards != "analytic":
+        names = rewards.PAPER if args.rewards == "all" else rewards.names_of(args.rewards)
+    for name in names:                                               # before a picture is made
+        rewards.scorer_of(name, args.models)
     own = Path(args.source, "pictures") if Path(args.source).exists() else "runs/pictures"
     out = generate(args, wanted, args.out or own)
     place = out.resolve().with_name(f"{out.resolve().name}-data")
     size = Image.open(out / "00000" / "samples" / "0000.png").height
     import_pictures([out], place, size)
-    data, groups, by_prompt = Data(place), rewards.groups_of(folders, 48.0, best_device()), {}
-    failed = rewards.score_dataset(data, names, args.batch, retry=True, groups=groups)
+    data, by_prompt = Data(place), {}
+    failed = rewards.score_dataset(data, names, args.batch, models=args.models)
     refuse_too_many(len(failed), data.rows, str(out), "remove it, to make them again")
     for shard in data.shards:
         for caption, scores in zip(shard.captions, rewards.read_scores(shard, names)):     # (R,)
@@ -546,7 +549,7 @@ class Detector:
     def __init__(self, models: str | None, device: torch.device):
         from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
         folder = rewards.fetch(self.SOURCE, ("config.json", "*.safetensors"), models,
-                               "geneval score needs", 0.3)
+                               "geneval score needs")
         self.net = rewards.pretrained(folder, Mask2FormerForUniversalSegmentation, True).to(device)
         self.processor, self.device = Mask2FormerImageProcessor(size=self.SIZE), device
 
@@ -582,7 +585,7 @@ class Colors:
     def __init__(self, models: str | None, device: torch.device):
         import open_clip
         folder = rewards.fetch(self.SOURCE, ("open_clip_config.json", "*.safetensors"), models,
-                               "geneval score needs", 1.7)
+                               "geneval score needs")
         self.device, name = device, f"local-dir:{folder}"
         self.net, _, self.transform = open_clip.create_model_and_transforms(
             name, force_quick_gelu=True, require_pretrained=True, device=device)

@@ -375,7 +375,7 @@ def prepare(args: Args, rank: int) -> tuple:
     if dist.is_initialized():
         dist.barrier()
     scored = binning.scored_names(path)
-    asked = scored if args.rewards == "all" else rewards.choose_rewards(args.rewards, data)
+    asked = scored if args.rewards == "all" else rewards.names_of(args.rewards)
     for name in asked:
         if name not in scored:
             raise UserError(f"{path} has no scores of {name}: make them with python rewards.py "
@@ -807,7 +807,7 @@ def check_args(args: Args, network: dict) -> None:
     if network["sincos"] and network["data_dim"] % 4:
         raise UserError(f"--data-dim {network['data_dim']}: choose a multiple of 4, or --no-sincos")
     if args.rewards not in ("all", "none"):
-        rewards.check_names([name.strip() for name in args.rewards.split(",")], rewards.REWARDS)
+        rewards.names_of(args.rewards)
     for folder in (Path(args.out), *Path(args.out).parents):
         if folder.is_file():
             raise UserError(f"--out {args.out}: {folder} is a file, not a folder")

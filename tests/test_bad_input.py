@@ -249,7 +249,7 @@ def test_a_spoilt_file_is_named_in_one_sentence_and_nothing_else_is_lost(place, 
     ("train.py --steps many", "--steps"), ("train.py --stepz 3", "--stepz"),
     ("sample.py --solver heun", "--solver"), ("sample.py --sweep contrast=0:1", "--sweep"),
     ("evaluate.py faces run", "shapes"),
-    ("rewards.py --hpsv2 3", "--hpsv2"), ("data.py chekc d", "chekc"),
+    ("rewards.py --batch few", "--batch"), ("data.py chekc d", "chekc"),
     ("data.py import d", "DATA")])
 def test_what_argparse_refuses_ends_with_code_2_and_names_it(tmp_path, monkeypatch, command, flag):
     monkeypatch.chdir(tmp_path)
