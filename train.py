@@ -371,7 +371,7 @@ def prepare(args: Args, rank: int) -> tuple:
         own = [name for name in names if name in shapes.ANALYTIC]    # networks: rewards.py's
         failed = rewards.score_dataset(data, own) if own else {}
         refuse_too_many(len(failed), data.rows, path, "python rewards.py lists them")
-        binning.fitted(path, binning.scored_names(path), args.bins)
+        binning.fitted(path, args.bins)
     if dist.is_initialized():
         dist.barrier()
     scored = binning.scored_names(path)
@@ -380,7 +380,7 @@ def prepare(args: Args, rank: int) -> tuple:
         if name not in scored:
             raise UserError(f"{path} has no scores of {name}: make them with python rewards.py "
                             f"{path} --rewards {name}")
-    return data, binning.fitted(path, scored, args.bins).select(asked)
+    return data, binning.fitted(path, args.bins).select(asked)
 
 
 def encoder_for(args: Args, data: Data) -> Words | T5:

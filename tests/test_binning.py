@@ -170,20 +170,19 @@ def test_the_fingerprint_changes_with_a_score_and_with_the_names_and_with_nothin
 
 def test_bins_are_fitted_once_and_anew_where_scores_names_or_their_number_changed(scored):
     folder, raw = scored[0], RNG(8).standard_normal((25, 2)).astype(np.float32)
-    own = binning.fitted(folder, ("contrast",), 4)
+    own = binning.fitted(folder, 4)
     assert own.names == NAMES and load(folder / "bins.json").to_config() == own.to_config()
     before = (folder / "bins.json").stat().st_mtime_ns
-    assert binning.fitted(folder, NAMES, 4).to_config() == own.to_config()
-    assert binning.fitted(folder, NAMES, 3).to_config() == load(folder / "bins-3.json").to_config()
+    assert binning.fitted(folder, 4).to_config() == own.to_config()
+    assert binning.fitted(folder, 3).to_config() == load(folder / "bins-3.json").to_config()
     assert (folder / "bins.json").stat().st_mtime_ns == before
     score(folder, raw)
     whole = fit(raw, NAMES, 4, fingerprint(folder, NAMES)).to_config()
-    assert binning.fitted(folder, NAMES, 4).to_config() == whole
-    binning.bin_dataset(folder, ("contrast",), 4)
-    assert binning.fitted(folder, ("contrast",), 4).names == ("contrast",)
-    assert binning.fitted(folder, NAMES, 4).to_config() == whole
+    assert binning.fitted(folder, 4).to_config() == whole
     score(folder, raw[:, 1:], ("contrast",))                     # one that was fitted is gone
-    assert binning.fitted(folder, ("contrast",), 4).names == ("contrast",)
+    assert binning.fitted(folder, 4).names == ("contrast",)
+    score(folder, raw)                                           # and is back
+    assert binning.fitted(folder, 4).to_config() == whole
 
 
 def test_the_command_writes_bins_and_says_how_full_they_are(scored):

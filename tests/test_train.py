@@ -118,8 +118,8 @@ def two_captions(tmp_path_factory) -> SimpleNamespace:
     words = ["a", "blue", "circle", "red", "squares", "two"]
     write_info(folder, dict(kind="pixels", size=4, shards=2, longest=3, words=words))
     edges, one = np.tile(np.arange(4) + 0.5, (2, 1)), np.ones(2)
-    binning.save(binning.Bins(names, edges, 0 * one, 4 * one, one,
-                              binning.fingerprint(folder, names)), folder / "bins.json")
+    bins = binning.Bins(names, edges, 0 * one, 4 * one, one, binning.fingerprint(folder, names))
+    (folder / "bins.json").write_text(json.dumps(bins.to_config()))
     return set_up(folder, "--patch", 2, "--bins", 5, "--reward-dropout", 0, "--text-dropout", 0)
 
 
