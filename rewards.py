@@ -6,12 +6,11 @@ networks of 0.3 to 11 billion parameters, one class each (`--rewards all`).
 `python rewards.py DATA` writes DATA/NAME.scores.safetensors beside each shard, whole or not at all:
 
     a float32 column (P,) a reward, in its own units: a score a pair, or NaN
-    metadata: "shard", the digest of the shard that was scored, and in JSON "scorers"
-        {reward: version}, "digests" {reward: 16 hex digits of its column} and "failed"
-        {reward: {row: why}}, rows of samples
+    metadata: "shard", the digest of the shard that was scored, and in JSON "scorers" {reward:
+        version}, "digests" {reward: 16 hex digits of its column}, "failed" {reward: {row: why}}
 
-The same command again scores what has no score, or one of another scorer, and nothing else, so it
-continues a run that was killed. `torchrun rewards.py DATA` shares the shards.
+The same command again scores what lacks a score, or has that of another scorer, and nothing else.
+`torchrun rewards.py DATA` shares the shards.
 """
 import argparse
 import hashlib
@@ -339,8 +338,7 @@ def affine_head(width: int) -> nn.Sequential:
 
 class PickScore:
     """pick: cos(E_picture, E_prompt) · exp(scale) / 100, which is nearly the cosine: 0.18 to 0.24.
-
-    Kirstain et al. 2023, arXiv 2305.01569, trained on choices of users of a generator. CLIP
+    Kirstain et al. 2023, arXiv 2305.01569, trained on choices of a generator's users. CLIP
     ViT-H/14, 224 px centre crop, the raw prompt, 77 tokens."""
     SOURCES = (("yuvalkirstain/PickScore_v1", ("config.json", "*.safetensors")),
                ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("*token*", "vocab*", "merges*")))
@@ -378,16 +376,14 @@ class OpenAIClip(PickScore):
     SOURCES = (("openai/clip-vit-large-patch14", ("*.json", "*.txt", "model.safetensors")),)
 
 
-class Aesthetic:
+class Aesthetic(PickScore):
     """aesthetic: how much people liked pictures, 1 to 10, mostly 4 to 7; the prompt is not read.
-
     Schuhmann 2022 (LAION). OpenAI's CLIP ViT-L/14 with QuickGELU, 224 px centre crop, the projected
     embedding at unit length, then an MLP."""
     HEAD = "sac+logos+ava1-l14-linearMSE.pth"
     SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"      # of HEAD
     SOURCES = (("openai/clip-vit-large-patch14", ("config.json", "model.safetensors")),
                ("christophschuhmann/improved-aesthetic-predictor", (HEAD,)))
-    VIEW = ("crop", 224)
 
     def __init__(self, folders: tuple, device, dtype):
         from transformers import CLIPModel
@@ -398,15 +394,12 @@ class Aesthetic:
         self.model.to(device, dtype)
         self.head.to(device)
 
-    see = PickScore.see                                                          # (B, 768)
-
     def judge(self, seen: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return self.head(seen)[:, 0]                                             # (B,)
 
 
 class HPSv2:
     """hpsv2: cos(E_picture, E_prompt), 0.2 to 0.3, version 2.1; 2.0 and 2.1 do not compare.
-
     Wu et al. 2023, arXiv 2306.09341 (Human Preference Score v2). open_clip's ViT-H-14, 224 px
     centre crop (the authors' package letterboxes), 77 tokens."""
     SOURCES = (("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)),)
@@ -436,7 +429,6 @@ class HPSv20(HPSv2):
 
 class ImageReward:
     """image_reward: which picture of a prompt would people prefer? About -2.3 to 2.
-
     Xu et al. 2023, arXiv 2304.05977. Picture: 224 px centre crop. Prompt: lower case, its first 33
     word pieces. BERT reads the prompt and in each layer attends to BLIP's ViT-L/16 states; an MLP
     maps its [CLS] state h to (mlp(h) - MEAN) / STD, which standardise its training scores."""
@@ -484,7 +476,6 @@ class ImageReward:
 
 class JinaCLIP:
     """clip: cos(E_picture, E_prompt) of jina-clip-v2, 1024 numbers each. Typically 0.2 to 0.55.
-
     Koukounas et al. 2024, arXiv 2412.08802. Picture: 512 px centre crop, EVA02-L/14, its class
     token. Prompt: as it is, XLM-R with rotary positions and the LoRA `retrieval.query`, which the
     reference never switches off, the mean over the tokens. Not for commerce."""
@@ -555,7 +546,6 @@ def merged(config: dict, tensors: dict) -> dict:
 
 class CLIPFlanT5:
     """vqa: does the picture show what the prompt says? VQAScore, 0 to 1.
-
     Lin et al. 2024, arXiv 2404.01291, and its package t2v-metrics. Picture: padded to a square, 336
     px; CLIP ViT-L/14's states before its last layer, without [CLS], through two linear maps are 576
     image tokens. Flan-T5 reads SYSTEM, image tokens and QUESTION with the prompt, and answers;
@@ -604,13 +594,13 @@ class CLIPFlanT5:
         before = self.tokenizer([self.SYSTEM] * B, return_tensors="pt").to(self.device)
         after = self.tokenizer([self.QUESTION.format(clean(prompt)) for prompt in prompts],
                                padding=True, padding_side="right", return_tensors="pt")
-        room = self.LENGTH - before.input_ids.shape[1] - 1
-        ids = after.input_ids[:, :room].to(self.device)                        # (B, L')
-        x = torch.cat([embed(before.input_ids), seen, embed(ids)], 1)          # (B, L, d_model)
-        mask = torch.cat([before.attention_mask, torch.ones_like(seen[..., 0], dtype=torch.long),
-                          after.attention_mask[:, :room].to(self.device)], 1)  # (B, L)
+        after, image = after.to(self.device), torch.ones_like(seen[..., 0], dtype=torch.long)
+        x = torch.cat([embed(before.input_ids), seen, embed(after.input_ids)], 1)
+        mask = torch.cat([before.attention_mask, image, after.attention_mask], 1)
+        room = self.LENGTH - 1 + seen.shape[1]
         answers = torch.tensor([self.answer] * B, device=self.device)          # (B, 2)
-        logits = self.t5(inputs_embeds=x, attention_mask=mask, labels=answers).logits
+        logits = self.t5(inputs_embeds=x[:, :room], attention_mask=mask[:, :room], labels=answers,
+                         use_cache=False).logits                               # (B, 2, more)
         # T5 has 28 more rows than its tokenizer has tokens: t2v-metrics cuts them off too
         logits = logits[..., :len(self.tokenizer)]                             # (B, 2, vocabulary)
         yes = logits.log_softmax(-1)[:, [0, 1], self.answer]                   # (B, 2)
@@ -650,9 +640,8 @@ def scorer_of(name: str, models: str | None) -> Scorer:
 
 def fetch(repository: str, patterns: Sequence[str], models: str | None, why: str) -> Path:
     """The folder of a repository's files: below `models`, as MODELS/OWNER/NAME, or from the hub, or
-    of aesthetic's head, which no hub serves, from its page: the right file, or none.
-
-    UserError says which file of which repository is missing."""
+    of aesthetic's head, which no hub serves, from its page: the right file, or none. UserError: a
+    file is missing."""
     import huggingface_hub                       # here: training needs none of this
     folder, head = Path(models or torch.hub.get_dir(), repository), Aesthetic.HEAD
     needed = f"{why} {', '.join(patterns)} of {repository}"
