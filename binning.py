@@ -90,27 +90,26 @@ def fitted(folder, bins: int) -> Bins:
     path = Path(folder) / "bins.json"
     if path.exists() and load(path).edges.shape[1] + 1 != bins:
         path = path.with_name(f"bins-{bins}.json")
-    if path.exists():
-        known = load(path)
-        if known.digest == fingerprint(folder, scored_names(folder)):
-            return known
+    if path.exists() and load(path).digest == fingerprint(folder, scored_names(folder)):
+        return load(path)
     return bin_dataset(folder, bins, path.name)
 
 
 def bin_dataset(folder, bins: int, file: str = "bins.json") -> Bins:
-    """Fit all scores of DATA, write DATA/bins.json, print how full the bins are.
-    UserError: scores are missing, or --bins is below 2."""
-    names, path = scored_names(folder), Path(folder) / file
-    raw = read_scores(folder, names)                                             # (N, R)
+    """Fit the pairs of DATA that have all scores, write DATA/bins.json, print how full the bins
+    are. UserError: scores are missing, or --bins is below 2."""
+    names, path, shards = scored_names(folder), Path(folder) / file, Data(folder).shards
+    parts = (rewards.read_scores(shard, names) for shard in shards)              # (P, R) each
+    raw = np.concatenate([part[~np.isnan(part).any(1)] for part in parts])       # (N, R)
     if bins < 2 or not len(raw):
         raise UserError(f"--bins {bins} of {len(raw)} pairs that have all of {', '.join(names)}: "
                         "two bins and one such pair are needed")
     learnt = fit(raw, names, bins, fingerprint(folder, names))
     for r, name in enumerate(names):
         counts = np.bincount(learnt.place(r, raw[:, r].astype(float)), minlength=bins)     # (B,)
-        least, most = 100 * counts.min() / len(raw), 100 * counts.max() / len(raw)
-        print(f"{name:14}{learnt.low[r]:11.4g} to {learnt.high[r]:.4g}; in a bin {least:.2f} to "
-              f"{most:.2f} %, {(counts == 0).sum()} of {bins} are empty")
+        share = 100 * counts / len(raw)
+        print(f"{name:14}{share.min():.2f} to {share.max():.2f} % in a bin, "
+              f"{(counts == 0).sum()} of {bins} empty")
     write_text(path, json.dumps(learnt.to_config(), allow_nan=False))
     print(f"wrote {path}: the bins of {len(raw)} scored pairs")
     return learnt
@@ -131,12 +130,6 @@ def fingerprint(folder, names: tuple) -> str:
         digests = rewards.read_header(shard, names)["digests"]
         digest.update("".join(digests[name] for name in names).encode())
     return digest.hexdigest()[:16]
-
-
-def read_scores(folder, names: tuple) -> np.ndarray:
-    """The scores of all pairs of DATA that have each of these: raw (N, R) float32."""
-    parts = (rewards.read_scores(shard, names) for shard in Data(folder).shards)       # (P, R) each
-    return np.concatenate([part[~np.isnan(part).any(1)] for part in parts])
 
 
 def load(path) -> Bins:

@@ -214,18 +214,14 @@ def header_of(shard: Shard) -> dict:
 def read_header(shard: Shard, names: Sequence[str] = ()) -> dict:
     """What `header_of` returns. UserError, naming the file: its pictures and captions have no
     scores, or none of one of these rewards, or of other code of an analytic one."""
-    path, header, wrong = scores_path(shard), header_of(shard), None
-    for name in names:
-        version = header["scorers"].get(name)
-        if version is None:
-            wrong = f"has no {name} scores"
-        elif name in ANALYTIC and version != shapes.version(name):
-            wrong = f"has no {name} scores of this version of shapes.py"
-    if not header["scorers"]:
-        wrong = "has those of other pictures or captions" if path.exists() else "is not there"
-    if wrong:
+    path, header = scores_path(shard), header_of(shard)
+    versions = header["scorers"]
+    lacking = [name for name in names if name not in versions
+               or name in ANALYTIC and versions[name] != shapes.version(name)]
+    if lacking or not versions:
         folder, flag = shlex.quote(str(path.parent)), f" --rewards {','.join(names)}" * bool(names)
-        raise UserError(f"{path} {wrong}: run python rewards.py {folder}{flag}")
+        raise UserError(f"{path} lacks scores of these pictures and captions by this code "
+                        f"({', '.join(lacking) or 'all'}): run python rewards.py {folder}{flag}")
     return header
 
 
