@@ -168,19 +168,20 @@ class Scorer:
         NaN. A network sees a picture once, and captions of like length together (less padding).
         UserError: a damaged file of the network."""
         values = np.full(len(prompts), np.nan, np.float32)
-        if self.name in ANALYTIC:
-            part = [i for i in range(len(prompts)) if self.name != "alignment" or reads(prompts[i])]
-            values[part] = shapes.score_all((self.name,), pixels[place[part]],
-                                            [prompts[i] for i in part])[:, 0]
-        else:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        if self.load:
             self.network = self.network or self.load()
             seen = torch.cat([self.network.see(part.to(self.network.device))
                               for part in pixels.split(batch)])
-            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-            for first in range(0, len(order), batch):
-                part = order[first:first + batch]
-                texts = [prompts[i] for i in part]
+        elif self.name == "alignment":
+            order = [i for i in order if reads(prompts[i])]
+        for first in range(0, len(order), batch):
+            part = order[first:first + batch]
+            texts = [prompts[i] for i in part]
+            if self.load:
                 values[part] = self.network.judge(seen[place[part]], texts).cpu()
+            else:
+                values[part] = shapes.score_all((self.name,), pixels[place[part]], texts)[:, 0]
         bad = np.flatnonzero(~np.isfinite(values))
         why = {place[i]: f"{self.name} of {prompts[i][:60]!r} came out as {values[i]}" for i in bad}
         values[np.isin(place, place[bad])] = np.nan
