@@ -3,13 +3,15 @@
 Paper, "Bins": each score is replaced by its quantile bin (B = 64), so that levels are equally
 populated: a rank, free of the reward's scale. s = bin / (B-1), and 1 is the best bin.
 """
-import argparse
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+import rewards
+from data import Data, Parser, UserError, between, hold, read_json, run, write_json
 
 PARTS = ("edges", "low", "high", "std")
 
@@ -56,14 +58,9 @@ class Bins:
 
     @staticmethod
     def from_config(config: dict) -> "Bins":
-        """The inverse of to_config. LookupError, TypeError, ValueError: it is not bins."""
-        edges, low, high, std = (np.array(config[part], np.float64) for part in PARTS)
-        knots = np.concatenate([low[:, None], edges, high[:, None]], 1)          # (R, B+1)
-        names = tuple(config["names"])
-        ascend = np.isfinite(knots).all() and (np.diff(knots) >= 0).all() and (std >= 0).all()
-        if not ascend or not len(set(names)) == len(names) == len(low) == len(std):
-            raise ValueError("bins need distinct names and, of each, low, edges, high that ascend")
-        return Bins(names, edges, low, high, std, config["digest"])
+        """The inverse of to_config."""
+        parts = (np.array(config[part], np.float64) for part in PARTS)
+        return Bins(tuple(config["names"]), *parts, config["digest"])
 
 
 def fit(raw: np.ndarray, names: tuple, bins: int = 64, digest: str = "") -> Bins:
@@ -79,94 +76,71 @@ def fit(raw: np.ndarray, names: tuple, bins: int = 64, digest: str = "") -> Bins
     return Bins(tuple(names), *map(np.array, zip(*columns)), digest)
 
 
-# ---- the scores of DATA: data.py and rewards.py are imported where they are needed ---------------
+# ---- the scores of DATA --------------------------------------------------------------------------
 
-def fitted(folder, names: tuple, bins: int) -> Bins:
-    """DATA/bins.json where it has so many bins, else DATA/bins-N.json; fitted anew to all scores
-    where it lacks one of the names, or was fitted to others."""
-    path, scored = Path(folder) / "bins.json", scored_names(folder)
+def fitted(folder, bins: int) -> Bins:
+    """DATA/bins.json where it has so many bins, else DATA/bins-N.json; fitted anew where it was
+    fitted to other scores than those of DATA now."""
+    path = Path(folder) / "bins.json"
     if path.exists() and load(path).edges.shape[1] + 1 != bins:
         path = path.with_name(f"bins-{bins}.json")
-    if path.exists():
-        known = load(path)
-        some = set(names) <= set(known.names) <= set(scored)
-        if some and known.digest == fingerprint(folder, known.names):
-            return known
-    return bin_dataset(folder, scored, bins, path.name)
+    if path.exists() and load(path).digest == fingerprint(folder, scored_names(folder)):
+        return load(path)
+    return bin_dataset(folder, bins, path.name)
 
 
-def bin_dataset(folder, names: tuple, bins: int, name: str = "bins.json") -> Bins:
-    """Fit the scores of DATA, write DATA/bins.json, print how full the bins are.
-    UserError: scores are missing, or --bins is below 2."""
-    from data import UserError
-    digest, raw = fingerprint(folder, names), read_scores(folder, names)
-    if bins < 2 or not raw.size:
-        raise UserError(f"--bins {bins} of {len(raw)} pairs that have all of {', '.join(names)}: "
-                        "two bins and one such pair are needed")
-    learnt = fit(raw, names, bins, digest)
-    for r, low, high in zip(range(len(names)), learnt.low, learnt.high):
+def bin_dataset(folder, bins: int, file: str = "bins.json") -> Bins:
+    """Fit the pairs of DATA that have all scores, write DATA/bins.json, print how full the bins
+    are. UserError: scores are missing."""
+    names, path, shards = scored_names(folder), Path(folder) / file, Data(folder).shards
+    parts = (rewards.read_scores(shard, names) for shard in shards)              # (P, R) each
+    raw = np.concatenate([part[~np.isnan(part).any(1)] for part in parts])       # (N, R)
+    if not len(raw):
+        raise UserError(f"{folder} has no pair with all of {', '.join(names)}: score it again")
+    learnt = fit(raw, names, bins, fingerprint(folder, names))
+    for r, name in enumerate(names):
         counts = np.bincount(learnt.place(r, raw[:, r].astype(float)), minlength=bins)     # (B,)
-        share = 100 * counts / len(raw)                                          # (B,)
-        print(f"{names[r]:14}{low:11.4g} to {high:.4g}; in a bin {share.min():.2f} to "
-              f"{share.max():.2f} %, {(counts == 0).sum()} of {bins} are empty")
-    save(learnt, Path(folder) / name)
-    print(f"wrote {Path(folder) / name}: the bins of {len(raw)} scored pairs")
+        share = 100 * counts / len(raw)
+        print(f"{name:14}{share.min():.2f} to {share.max():.2f} % in a bin, "
+              f"{(counts == 0).sum()} of {bins} empty")
+    write_json(path, learnt.to_config())
+    print(f"wrote {path}: the bins of {len(raw)} scored pairs")
     return learnt
 
 
 def scored_names(folder) -> tuple:
     """The rewards that all score files of DATA have, in the order of columns."""
-    from data import Data
-    from rewards import REWARDS, read_header, scores_path
-    shards = [shard for shard in Data(folder).shards if scores_path(shard).exists()]
-    scorers = [read_header(shard)["scorers"] for shard in shards]
-    return tuple(name for name in REWARDS if scorers and all(name in file for file in scorers))
+    shards = [shard for shard in Data(folder).shards if rewards.scores_path(shard).exists()]
+    scorers = [rewards.read_header(shard)["scorers"] for shard in shards]
+    return tuple(name for name in rewards.REWARDS
+                 if scorers and all(name in versions for versions in scorers))
 
 
 def fingerprint(folder, names: tuple) -> str:
     """16 hex digits of these scores of DATA, by which bins of others are known: headers alone."""
-    from data import Data
-    from rewards import read_header
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     for shard in Data(folder).shards:
-        digests = read_header(shard, names)["digests"]
+        digests = rewards.read_header(shard, names)["digests"]
         digest.update("".join(digests[name] for name in names).encode())
     return digest.hexdigest()[:16]
 
 
-def read_scores(folder, names: tuple) -> np.ndarray:
-    """The scores of all pairs of DATA that have each of these: raw (N, R) float32."""
-    import rewards
-    from data import Data
-    parts = (rewards.read_scores(shard, names) for shard in Data(folder).shards)       # (P, R) each
-    return np.concatenate([part[~np.isnan(part).any(1)] for part in parts])
-
-
-def save(bins: Bins, path) -> None:
-    """Write JSON, whole or not at all."""
-    from data import write_json
-    write_json(path, bins.to_config())
-
-
 def load(path) -> Bins:
-    """Read what `save` wrote. UserError: it is not there, or not bins."""
-    from data import UserError, read_json
-    try:
-        return Bins.from_config(read_json(path))
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {type(error).__name__}: {error}; write it again with python "
-                        "binning.py DATA") from error
+    """Read a bins.json. UserError: it is not there, or not as it was written."""
+    return Bins.from_config(read_json(path))
 
 
 def main() -> None:
     """Fit bins to the scores of DATA."""
-    parser = argparse.ArgumentParser(description="fit quantile bins to the scores of rewards.py")
+    parser = Parser(description="fit quantile bins to the scores of rewards.py")
     parser.add_argument("data", help="folder that data.py or shapes.py wrote")
-    parser.add_argument("--bins", type=int, default=5, help="levels of a reward (paper: 64)")
+    parser.add_argument("--bins", type=between(int, 2, 2 ** 16), default=5,
+                        help="levels of a reward (paper: 64)")
     args = parser.parse_args()
-    bin_dataset(args.data, scored_names(args.data), args.bins)
+    Data(args.data)
+    hold(args.data)
+    bin_dataset(args.data, args.bins)
 
 
 if __name__ == "__main__":
-    from data import run
     run(main)

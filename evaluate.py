@@ -459,7 +459,7 @@ class Detector:
     def __init__(self, models: str | None, device: torch.device):
         from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
         folder = rewards.fetch(self.SOURCE, ("config.json", "*.safetensors"), models,
-                               "geneval needs", 0.3)
+                               "geneval needs")
         self.net = rewards.pretrained(folder, Mask2FormerForUniversalSegmentation, True).to(device)
         self.processor, self.device = Mask2FormerImageProcessor(size=self.SIZE), device
 
@@ -495,7 +495,7 @@ class Colors:
     def __init__(self, models: str | None, device: torch.device):
         import open_clip
         folder = rewards.fetch(self.SOURCE, ("open_clip_config.json", "*.safetensors"), models,
-                               "geneval needs", 1.7)
+                               "geneval needs")
         self.device, name = device, f"local-dir:{folder}"
         self.net, _, self.transform = open_clip.create_model_and_transforms(
             name, force_quick_gelu=True, require_pretrained=True, device=device)

@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 from tqdm import tqdm
 
-from data import (Parser, Shard, UserError, between, make_folder, pack, read_json, run,
+from data import (Parser, Shard, UserError, between, hold, make_folder, pack, read_json, run,
                   shard_paths, stream, write_info, write_shard)
 
 SHAPES = ("circle", "square", "triangle")
@@ -491,6 +491,7 @@ def main():
     parser.add_argument("--seed", type=between(int), default=0)
     parser.add_argument("--size", type=between(int, 16, 512), default=SIZE, help="side in pixels")
     args = parser.parse_args()
+    hold(make_folder(args.data))
     write_world(args.data, args.n, args.seed, args.size)
 
 

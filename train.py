@@ -396,15 +396,15 @@ def prepare(args: Args, network: dict, rank: int) -> tuple:
         own = [name for name in names if name in shapes.ANALYTIC]    # networks: rewards.py's
         failed = rewards.score_dataset(data, own) if own else {}
         refuse_too_many(len(failed), data.rows, path, "python rewards.py lists them")
-        binning.fitted(path, binning.scored_names(path), args.bins)
+        binning.fitted(path, args.bins)
     follow(rank, "scores")
     scored = binning.scored_names(path)
-    asked = scored if args.rewards == "all" else rewards.choose_rewards(args.rewards, data)
+    asked = scored if args.rewards == "all" else rewards.names_of(args.rewards)
     for name in asked:
         if name not in scored:
             raise UserError(f"{path} has no scores of {name}: make them with python rewards.py "
                             f"{path} --rewards {name}")
-    return data, binning.fitted(path, scored, args.bins).select(asked)
+    return data, binning.fitted(path, args.bins).select(asked)
 
 
 def follow(rank: int, what: str) -> None:
@@ -796,7 +796,7 @@ def read_args(argv=None) -> tuple[Args, dict]:
     args = Args(**{one.name: chosen[one.name] for one in fields(Args) if one.name in chosen})
     args.out = args.out or f"runs/{args.preset}"
     if args.rewards not in ("all", "none"):
-        rewards.check_names([name.strip() for name in args.rewards.split(",")], rewards.REWARDS)
+        rewards.names_of(args.rewards)
     shares = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if args.batch % shares:
         raise UserError(f"--batch {args.batch} is for all ranks and micro-batches together: "

@@ -106,7 +106,7 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     shapes.write_world(folder, 300, seed=0, size=16, shard=100)
     rewards.score_dataset(Data(folder), shapes.ANALYTIC)
-    binning.bin_dataset(folder, shapes.ANALYTIC, 8)
+    binning.bin_dataset(folder, 8)
     return folder
 
 

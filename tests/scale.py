@@ -66,7 +66,7 @@ def write_rows(folder: Path, rows: int, shards: int, side: int = 1, width: int =
         kind="latents", size=8 * side, shards=shards, samples=rows, pairs=rows, left_out={},
         vae="none", scaling_factor=1.0, dtype="torch.float32",
         text_encoder=dict(kind="t5", source="none", dim=width, length=77)))
-    binning.bin_dataset(folder, rewards.PAPER, 64)
+    binning.bin_dataset(folder, 64)
 
 
 def write_scores(path: Path, columns: np.ndarray) -> None:
@@ -232,7 +232,7 @@ def main() -> None:
             del info["format"]
             data.write_info(place / "rows", info | dict(shards=copies))
             began = time.time()
-            binning.bin_dataset(place / "rows", rewards.PAPER, 64)
+            binning.bin_dataset(place / "rows", 64)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
             found = dict(rows=args.bins, seconds=round(time.time() - began, 1),
                          peak_gb=round(peak, 2))

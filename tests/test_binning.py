@@ -8,7 +8,7 @@ from conftest import run
 import binning
 import rewards
 import shapes
-from binning import Bins, fingerprint, fit, load, read_scores
+from binning import Bins, bin_dataset, fingerprint, fit, load
 from data import Data, UserError
 
 RNG = np.random.default_rng
@@ -133,13 +133,6 @@ def score(folder, raw: np.ndarray, names=NAMES) -> None:
         rewards.write_scores(shard, columns, versions, dict.fromkeys(names, {}))
 
 
-def test_scores_are_read_for_the_pairs_that_have_them_all(scored):
-    folder, raw = scored
-    assert len(raw) == 22 and np.array_equal(read_scores(folder, NAMES), raw)
-    assert np.array_equal(read_scores(folder, NAMES[::-1]), raw[:, ::-1])
-    assert read_scores(folder, ("contrast",)).shape == (23, 1)
-
-
 def test_names_come_in_the_order_of_columns_and_only_those_that_all_files_have(scored):
     folder, one = scored[0], {"contrast": np.zeros(10, np.float32)}
     score(folder, np.zeros((25, 4), np.float32), ("of_a_fork", "contrast", "vqa", "alignment"))
@@ -147,12 +140,12 @@ def test_names_come_in_the_order_of_columns_and_only_those_that_all_files_have(s
     last = Data(folder).shards[1]
     rewards.write_scores(last, one, {"contrast": shapes.version("contrast")}, {"contrast": {}})
     assert binning.scored_names(folder) == ("contrast",)
-    with pytest.raises(UserError, match="00001.scores.safetensors has no alignment scores"):
-        read_scores(folder, NAMES)
+    with pytest.raises(UserError, match=r"00001.scores.safetensors lacks .*\(alignment\)"):
+        fingerprint(folder, NAMES)
     rewards.scores_path(last).unlink()
     assert "vqa" in binning.scored_names(folder)                     # scoring was interrupted
-    with pytest.raises(UserError, match="00001.scores.safetensors is not there"):
-        read_scores(folder, NAMES)
+    with pytest.raises(UserError, match="00001.scores.safetensors lacks scores"):
+        bin_dataset(folder, 4)
 
 
 def test_the_fingerprint_changes_with_a_score_and_with_the_names_and_with_nothing_else(scored):
@@ -170,27 +163,26 @@ def test_the_fingerprint_changes_with_a_score_and_with_the_names_and_with_nothin
 
 def test_bins_are_fitted_once_and_anew_where_scores_names_or_their_number_changed(scored):
     folder, raw = scored[0], RNG(8).standard_normal((25, 2)).astype(np.float32)
-    own = binning.fitted(folder, ("contrast",), 4)
+    own = binning.fitted(folder, 4)
     assert own.names == NAMES and load(folder / "bins.json").to_config() == own.to_config()
     before = (folder / "bins.json").stat().st_mtime_ns
-    assert binning.fitted(folder, NAMES, 4).to_config() == own.to_config()
-    assert binning.fitted(folder, NAMES, 3).to_config() == load(folder / "bins-3.json").to_config()
+    assert binning.fitted(folder, 4).to_config() == own.to_config()
+    assert binning.fitted(folder, 3).to_config() == load(folder / "bins-3.json").to_config()
     assert (folder / "bins.json").stat().st_mtime_ns == before
     score(folder, raw)
     whole = fit(raw, NAMES, 4, fingerprint(folder, NAMES)).to_config()
-    assert binning.fitted(folder, NAMES, 4).to_config() == whole
-    binning.bin_dataset(folder, ("contrast",), 4)
-    assert binning.fitted(folder, ("contrast",), 4).names == ("contrast",)
-    assert binning.fitted(folder, NAMES, 4).to_config() == whole
+    assert binning.fitted(folder, 4).to_config() == whole
     score(folder, raw[:, 1:], ("contrast",))                     # one that was fitted is gone
-    assert binning.fitted(folder, ("contrast",), 4).names == ("contrast",)
+    assert binning.fitted(folder, 4).names == ("contrast",)
+    score(folder, raw)                                           # and is back
+    assert binning.fitted(folder, 4).to_config() == whole
 
 
 def test_the_command_writes_bins_and_says_how_full_they_are(scored):
-    folder, raw = scored
+    folder, raw = scored                                  # 22 of 25 pairs have all scores
     code, printed, _ = run("binning.py", folder, "--bins", 4)
     bins = load(folder / "bins.json")
     assert code == 0 and bins.names == NAMES and bins.digest == fingerprint(folder, NAMES)
     assert bins.to_config() == fit(raw, NAMES, 4, bins.digest).to_config()
     assert "the bins of 22 scored pairs" in printed and not list(folder.glob(".*"))
-    assert "; in a bin 22.73 to 27.27 %, 0 of 4 are empty\ncontrast " in printed      # 5 to 6 of 22
+    assert "22.73 to 27.27 % in a bin, 0 of 4 empty\ncontrast " in printed            # 5, 6 of 22

@@ -301,17 +301,17 @@ def test_no_other_file_than_the_head_stays_under_its_name(content, monkeypatch, 
     monkeypatch.setattr(torch.hub, "urlopen", lambda _: urllib.request.urlopen(page.as_uri()))
     page.write_bytes(content)
     with pytest.raises(scorer.UserError, match="aesthetic needs sac.*invalid hash.*--models"):
-        scorer.fetch(repository, patterns, None, "aesthetic needs", 1.7)
+        scorer.fetch(repository, patterns, None, "aesthetic needs")
     assert not any(file.parent.iterdir())
     for served in (head_file(), b"not asked again"):
         page.write_bytes(served)
-        assert scorer.fetch(repository, patterns, None, "aesthetic needs", 1.7) == file.parent
+        assert scorer.fetch(repository, patterns, None, "aesthetic needs") == file.parent
         assert file.read_bytes() == head_file()
 
 
 def test_a_head_that_is_given_must_be_the_right_one(models, tmp_path):
     (tmp_path / scorer.Aesthetic.HEAD).write_bytes(head_file()[:100_000])
-    with pytest.raises(scorer.UserError, match=f"{re.escape(scorer.Aesthetic.HEAD)} is not"):
+    with pytest.raises(scorer.UserError, match=f"{re.escape(scorer.Aesthetic.HEAD)} does not fit"):
         scorer.Aesthetic((models / SMALL["aesthetic"][0], tmp_path), "cpu", torch.float32)
 
 

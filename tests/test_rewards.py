@@ -1,4 +1,4 @@
-"""rewards.py: scores that survive kills, retries and editing, by the analytic rewards alone."""
+"""rewards.py: scores that survive kills, failures and editing, by the analytic rewards alone."""
 import json
 import math
 import shlex
@@ -125,23 +125,30 @@ def test_a_failed_score_is_nan_and_named_and_never_a_number(pictures, monkeypatc
     assert np.flatnonzero(np.isnan(raw[:, 1])).tolist() == [8] and np.isfinite(raw[:, 2]).all()
     assert failures.keys() == {"pictures-00000/004", "pictures-00000/007"}
     assert read_header(shard)["failed"]["contrast"] == {
-        7: "contrast of 'a dog on a beach' came out as inf"}
+        "7": "contrast of 'a dog on a beach' came out as inf"}
     assert "pictures-00000/004: alignment of 'a cat' came out as nan" in capsys.readouterr().out
 
 
-def test_failures_stay_until_they_are_tried_again(pictures, monkeypatch, calls):
-    folder, score = imported(pictures), shapes.score_all
+def test_rows_that_failed_are_tried_again_by_every_run_and_no_others(pictures, monkeypatch, calls):
+    for name in ("007", "008"):                            # which alignment alone cannot read
+        (pictures / f"{name}.txt").write_text("a dog on a beach")
+    monkeypatch.setattr(shapes, "version", lambda name: "1")
+    folder = imported(pictures)
     whole = scored(folder)
-    for path in folder.glob("*.scores.*"):
-        path.unlink()
+    [path] = folder.glob("*.scores.*")
+    path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, "score_all", lambda *pairs: score(*pairs) * math.nan)
-        scored(folder)
+        patch.setitem(shapes.SCORERS, "contrast",
+                      lambda *pairs: shapes.contrast(*pairs) * spoilt(*pairs))
+        spoilt_once = scored(folder)
+        written = path.stat().st_mtime_ns
+        calls.clear()
+        assert scored(folder) == spoilt_once != whole and calls == [("contrast", 2)]
+        assert path.stat().st_mtime_ns == written            # as nothing came of it
     calls.clear()
-    scored(folder)
-    failed = read_header(Data(folder).shards[0])["failed"]
-    assert not calls and {len(rows) for rows in failed.values()} == {12}
-    assert scored(folder, retry=True) == whole and sum(n for _, n in calls) == 5 * 13
+    assert scored(folder) == whole and calls == [("contrast", 2)]
+    calls.clear()
+    assert scored(folder) == whole and not calls
 
 
 # ---- what stays and what is made anew ------------------------------------------------------------
@@ -163,7 +170,7 @@ def test_a_scorer_of_another_version_scores_anew_and_its_old_scores_are_refused(
     version = shapes.version
     monkeypatch.setattr(shapes, "version", lambda name: version(name) + "+" * (name == "contrast"))
     shard = Data(data).shards[0]
-    with pytest.raises(UserError, match="no contrast scores of this version of shapes.py: run"):
+    with pytest.raises(UserError, match=r"lacks scores .* by this code \(contrast\): run"):
         read_scores(shard, ("sharpness", "contrast"))
     calls.clear()
     scored(data, ("contrast", "sharpness"))
@@ -180,7 +187,7 @@ def test_scores_of_other_pictures_or_captions_are_refused_and_made_anew(pictures
         Image.new("RGB", (S, S), "red").save(pictures / "005.png")
     [shard] = Data(imported(pictures)).shards
     for read in (read_scores, read_header):
-        with pytest.raises(UserError, match="has those of other pictures or captions: run .* "
+        with pytest.raises(UserError, match="lacks scores of these pictures and captions .* run .* "
                                             "--rewards contrast,alignment"):
             read(shard, ("contrast", "alignment"))
     calls.clear()
@@ -201,15 +208,15 @@ def test_a_column_of_a_name_unknown_here_is_kept_and_ignored(data):
     assert np.array_equal(safetensors.numpy.load_file(first)["beauty"], beauty)
     header = read_header(Data(data).shards[0])
     assert {*header["scorers"]} == {*ANALYTIC, "beauty"} and "beauty" in header["digests"]
-    assert binning.read_scores(data, ANALYTIC).shape == (120, 5)
+    assert binning.fitted(data, 4).names == ANALYTIC
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(data):
     shard = Data(data).shards[0]
-    with pytest.raises(UserError, match="00000.scores.safetensors is not there: run python"):
+    with pytest.raises(UserError, match=r"00000.scores.safetensors lacks .*\(all\): run python"):
         read_header(shard)
     scored(data, ("contrast",))
-    with pytest.raises(UserError, match="no sharpness scores: run") as caught:
+    with pytest.raises(UserError, match=r"lacks .*\(sharpness\): run") as caught:
         read_header(shard, ("contrast", "sharpness"))
     command = str(caught.value).split("run python ")[1]
     assert shlex.split(command) == ["rewards.py", str(data), "--rewards", "contrast,sharpness"]
@@ -253,13 +260,13 @@ def test_alignment_is_left_out_where_captions_are_not_of_its_grammar(pictures):
     own, other = ["a red circle"] * 99, ["a dog on a beach"]
     assert rewards.default_rewards(own + other) == ANALYTIC
     assert rewards.default_rewards(own + other * 2) == ANALYTIC[1:]
-    assert rewards.choose_rewards("sharpness, contrast", other) == ("contrast", "sharpness")
-    with pytest.raises(UserError, match="captions of shapes.py alone"):
-        rewards.choose_rewards("contrast,alignment", other)
+    assert rewards.names_of("sharpness, contrast") == ("contrast", "sharpness")
     for path in pictures.glob("*.txt"):
         path.write_text("a dog on a beach")
     code, out, _ = run("rewards.py", imported(pictures))
     assert code == 0 and "alignment is left out" in out and "alignment   " not in out
+    code, _, err = run("rewards.py", imported(pictures), "--rewards", "contrast,alignment")
+    assert code == 2 and "alignment reads the captions of shapes.py alone" in sentences(err)[0]
 
 
 def test_more_than_one_percent_of_failures_ends_with_code_2_after_all_is_written(
