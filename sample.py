@@ -203,7 +203,7 @@ def pictures(model: Model, prompts, targets=None, negative=None, seeds=None, gui
         raise UserError("the pictures are not finite: lower --guidance, pass --precision fp32, or "
                         "take an earlier checkpoint")
     if model.vae is not None:
-        model.vae.move(device)
+        model.vae.device = device
         return model.vae.decode(x)                                               # (B, 3, 8 S, 8 S)
     return x.round().clamp(0, 255).to(torch.uint8)                               # (B, 3, S, S)
 
@@ -310,7 +310,7 @@ def read_command(argv=None) -> argparse.Namespace:
     add("--best-of", type=int, default=1, help="candidates of which the best is kept")
     add("--by", choices=ANALYTIC, help="the reward that chooses among candidates")
     add("--batch", type=int, default=64, help="pictures at once")
-    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA")
     add("--scale", type=int, help="enlargement of the tiles")
     add("--out", default="out.png", help="figure NAME.png, or a folder for single pictures")
     args = parser.parse_args(argv)

@@ -76,7 +76,7 @@ class Args:
     world: int = flag(10000, "pictures of the embedded world", 1)
     val: int = flag(256, "samples kept out for validation, at most a tenth of all", 1)
     seed: int = flag(0, "of weights, order and noise (the embedded world has its own)")
-    precision: str = flag("auto", "fp32, bf16 or fp16; auto: bf16 or fp16 on CUDA, else fp32")
+    precision: str = flag("auto", "fp32 or bf16; auto: bf16 on CUDA, else fp32")
     compile: bool = flag(False, "torch.compile")
     workers: int = flag(None, "processes that make batches, per rank")
     text_encoder: str = flag(None, "latents: where the T5 of the encoded DATA is now")

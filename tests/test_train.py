@@ -25,7 +25,8 @@ import rewards
 import sample
 import shapes
 import train
-from data import VAE, Data, Shard, UserError, stream, write_info, write_shard, write_whole
+from data import (VAE, Data, Shard, UserError, pad, stream, write_info, write_shard,
+                  write_whole)
 
 CPU = torch.device("cpu")
 EIGHT = ["--steps", 8, "--save-every", 2, "--log-every", 2]          # as the checkpoint was made
@@ -132,7 +133,7 @@ def batch_of(two_captions, **flags) -> list:
 
 def test_each_caption_comes_as_often_with_its_own_levels_and_times_are_logit_normal(two_captions):
     x_0, eps, t, s, text, _, _ = batch_of(two_captions, t_mean=1.2)
-    of_text = two_captions.encoder.encode(TEXTS)[0]
+    of_text = pad(two_captions.encoder.states(TEXTS))[0]
     first, second = ((text == wanted).all((1, 2)) for wanted in of_text)     # (B,) each
     assert torch.equal(first, ~second) and torch.equal(s[:, 0], torch.where(first, 0.25, 0.75))
     assert torch.equal(s[:, 1], torch.arange(20 * N) % N % 5 / 4)
@@ -157,7 +158,7 @@ def test_coins_withhold_their_share_of_levels_or_of_captions_and_nothing_else(tw
     assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(whole, dropped)) if i != 3)
     dropped = batch_of(two_captions, text_dropout=share, self_condition=share)
     assert dropped[6].float().mean() == pytest.approx(share, abs=0.03)
-    empty = (dropped[4][:, :1] == two_captions.encoder.encode([""])[0]).all((1, 2))
+    empty = (dropped[4][:, :1] == pad(two_captions.encoder.states([""]))[0]).all((1, 2))
     length = dropped[4].shape[1]                                          # the longest caption's
     assert empty.float().mean() == pytest.approx(share, abs=0.03)
     assert torch.equal(dropped[4][~empty], whole[4][~empty][:, :length])
