@@ -207,10 +207,9 @@ def square(data: bytes, size: int) -> np.ndarray:
 # ---- the border: SOURCE -> pieces -> samples that can be read -> columns -> a shard --------------
 # A piece is what a shard is made of: the file of a tar, or up to PIECE samples of a folder, {key:
 # parts}. A part, "picture", "txt" or "json", is its place, (file, offset, length) with a file as
-# `file_of` has it, or says why it cannot be read; "record" is the line of a table.
+# `file_of` has it, or says why it cannot be read; a "record" is the line of a table.
 
 PIECE = 1000
-MAX_BYTES = 2 ** 30          # a larger file is no picture and no caption
 MAX_WORDS = 100              # of a caption, beyond which there is a note
 KINDS = {"txt": "txt", "json": "json", **dict.fromkeys(
     ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "jp2"),
@@ -218,9 +217,6 @@ KINDS = {"txt": "txt", "json": "json", **dict.fromkeys(
 TABLES = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = ("text", "caption", "captions", "synthetic_caption")     # in a .json, or a table's line
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")      # NUL, halves of surrogate pairs: cannot be written
-READ = ("a SOURCE gives its tars (unpacked, not in subfolders) or else its pictures (PNG, JPEG, "
-        "...) with captions in a .txt or .json beside each, or in its own metadata.jsonl or "
-        "metadata.csv (file_name; text or caption): make it so, or name folders one by one")
 
 
 def import_pictures(sources: Sequence, out: Path, size: int, rank: int = 0, ranks: int = 1,
@@ -259,10 +255,10 @@ def import_pictures(sources: Sequence, out: Path, size: int, rank: int = 0, rank
         columns, files = columns_of(samples, size, vae, encoder)
         write_shard(out / f"{name}.safetensors", columns, source=marks[name], files=files,
                     report=[own.left_out, own.notes])
-    whole = (todo or rank == 0) and marks.items() <= marks_of(out, info).items()
-    if whole:
-        finish(out, sources, info, marks, report)
-    return bool(whole)
+    if not (todo or rank == 0) or not marks.items() <= marks_of(out, info).items():
+        return False
+    finish(out, sources, info, marks, report)
+    return True
 
 
 def marks_of(out: Path, info: dict) -> dict[str, str]:
@@ -295,8 +291,11 @@ def finish(out: Path, sources: Sequence, info: dict, marks: dict, report: "Repor
             path.with_name(f"{path.stem}.scores.safetensors").unlink(missing_ok=True)
             continue
         shard = Shard(path)
-        report.add(shard.rows, *shard.metadata["report"])
-        pairs += shard.pairs
+        left_out, notes = shard.metadata["report"]
+        report.left_out.update(left_out)
+        for kind, (count, first) in notes.items():
+            report.note(kind, first, count)
+        report.usable, pairs = report.usable + shard.rows, pairs + shard.pairs
         for caption in shard.captions if info["kind"] == "pixels" else ():
             split = split_words(caption)
             longest = max(longest, len(split))
@@ -315,33 +314,27 @@ class Report:
     def __init__(self):
         self.usable, self.left_out, self.notes = 0, Counter(), {}
 
-    def note(self, kind: str, name: str) -> None:
+    def note(self, kind: str, name: str, count: int = 1) -> None:
         """Count it."""
-        self.add(0, {}, {kind: [1, utf8(name)]})
+        self.notes.setdefault(kind, [0, utf8(name)])[0] += count
 
     def not_read(self, path: str) -> None:
         """Count a file that is not read, by its ending."""
         ending = os.path.splitext(path)[1].lower()
         self.note(f"not read, {ending if ending[1:].isalpha() else 'others'}", path)
 
-    def add(self, usable: int, left_out: dict, notes: dict) -> None:
-        """Add those of a shard."""
-        self.usable += usable
-        self.left_out.update(left_out)
-        for kind, (count, first) in notes.items():
-            self.notes.setdefault(kind, [0, first])[0] += count
-
     def show(self, sources: Sequence) -> None:
         """Print all. UserError: too much is left out."""
         for kind, (count, first) in self.notes.items():
             print(printable(f"note: {kind}: {count}, the first is {first}"))
         left_out, where = sum(self.left_out.values()), ", ".join(map(str, sources))
+        found = self.usable + left_out
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        print(f"{self.usable + left_out} found = {self.usable} usable + {left_out} left out "
-              f"({reasons or 'none'})")
+        print(f"{found} found = {self.usable} usable + {left_out} left out ({reasons or 'none'})")
         if self.usable == 0:
-            raise UserError(f"{where} has no picture with a caption: {reasons or READ}")
-        refuse_too_many(left_out, self.usable + left_out, where, f"{reasons}; --dry-run names all")
+            raise UserError(f"{where} has no picture with a caption (a .txt or .json beside it, or "
+                            "a metadata.jsonl or .csv above it) and no tar: see docs/data.md")
+        refuse_too_many(left_out, found, where, f"{reasons}; --dry-run names all")
 
 
 # -- which samples there are: names and tables, no picture is opened
@@ -468,8 +461,7 @@ def tar_entries(file: tuple) -> list[tuple]:
             entries.append((name, "no regular file, or with holes: write the tar without --sparse"))
     places = dict(entries)
     for name, target in links:
-        missing = f"a link to what is no file in the tar: {utf8(target)}; put the file itself there"
-        places[name] = places.get(target, missing)
+        places[name] = places.get(target, f"a link to what is no file in the tar: {utf8(target)}")
         entries.append((name, places[name]))
     return entries
 
@@ -559,12 +551,10 @@ def captions_of(name: str, parts: dict, one_line: bool, report: Report) -> list[
 
 
 def read_part(place: tuple | str) -> bytes:
-    """The bytes at a place. UserError: there are none, or too many."""
+    """The bytes at a place. UserError: why there are none."""
     if isinstance(place, str):
         raise UserError(place)
     (path, _, _), offset, length = place
-    if length > MAX_BYTES:
-        raise UserError(f"a file of more than {MAX_BYTES:,} bytes")
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(length)
@@ -573,35 +563,34 @@ def read_part(place: tuple | str) -> bytes:
 def columns_of(samples: Iterator, size: int, vae: "VAE | None",
                encoder: "T5 | None") -> tuple[dict, list]:
     """Samples → a shard's columns, and the files that `place` counts. UserError: not finite."""
-    rows, states, x = [], [], [np.empty((0, 3, size, size), np.uint8)]
-    if vae is not None:
-        side = size // 8
-        x = [np.empty((0, 2, vae.model.config.latent_channels, side, side), np.float16)]
+    rows, pictures, states, files = [], [], [], {}
     while batch := list(islice(samples, 16)):
         rows += [sample[:3] for sample in batch]
-        x.append(np.stack([pixels for *_, pixels in batch]))                     # (b, 3, s, s)
+        found = [pixels for *_, pixels in batch]                                 # (3, s, s) each
         if vae is not None:
-            latents = torch.stack(vae.encode(torch.from_numpy(x.pop())), 1)      # (b, 2, C, S, S)
-            x.append(latents.half().numpy())
+            latents = torch.stack(vae.encode(torch.from_numpy(np.stack(found))), 1)
+            found = latents.half().numpy()                                       # (b, 2, C, S, S)
             encoder.states([text for _, texts, *_ in batch for text in texts])   # all at once
-            for (key, texts, *_), latent in zip(batch, x[-1]):
+            for (key, texts, *_), latent in zip(batch, found):
                 of_texts = [state.half().numpy() for state in encoder.states(texts)]    # (L, E)
                 if not all(np.isfinite(array).all() for array in (latent, *of_texts)):
                     raise UserError(printable(f"what {key} becomes is not finite: name another "
                                               "--vae or --text-encoder, or remove the sample"))
                 states += of_texts
             encoder.known.clear()
-    files, places = {}, []
-    for _, _, (file, offset, length) in rows:
-        places.append((files.setdefault(file, len(files)), offset, length))
+        pictures += list(found)
+    places = [(files.setdefault(file, len(files)), offset, length)
+              for _, _, (file, offset, length) in rows]
     keys, key_ends = pack([key for key, _, _ in rows])
     captions, caption_ends = pack([text for _, texts, _ in rows for text in texts])
     columns = dict(place=np.array(places, np.int64).reshape(-1, 3), keys=keys, key_ends=key_ends,
                    captions=captions, caption_ends=caption_ends,
                    pair_ends=ends_of([texts for _, texts, _ in rows]))
-    x = np.concatenate(x)                                           # (n, 3, s, s), (n, 2, C, S, S)
     if vae is None:
-        return columns | {"pixels": x}, [*files]
+        pixels = np.array(pictures, np.uint8).reshape(-1, 3, size, size)
+        return columns | {"pixels": pixels}, [*files]
+    shape = vae.model.config.latent_channels, size // 8, size // 8
+    x = np.array(pictures, np.float16).reshape(-1, 2, *shape)
     empty = encoder.states([""])[0].half().numpy()                               # (L, E)
     return columns | dict(mean=x[:, 0], std=x[:, 1], text=np.concatenate([empty[:0], *states]),
                           text_ends=ends_of(states), empty=empty), [*files]
@@ -775,11 +764,7 @@ class Data:
                             "the command that made it again")
         self.rows = sum(shard.rows for shard in self.shards)
         self.pairs = sum(shard.pairs for shard in self.shards)
-
-    @property
-    def channels(self) -> int:
-        """Of x_0: 3 of pixels, those of the VAE of latents."""
-        return len(self.shards[0].metadata["sums"])
+        self.channels = len(self.shards[0].metadata["sums"])          # of x_0
 
     def mean_std(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of all of x_0, a channel: float64 (C,) each."""
