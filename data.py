@@ -32,8 +32,8 @@ import tarfile
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -211,9 +211,8 @@ def square(data: bytes, size: int) -> np.ndarray:
 
 PIECE = 1000
 MAX_WORDS = 100              # of a caption, beyond which there is a note
-KINDS = {"txt": "txt", "json": "json", **dict.fromkeys(
-    ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "jp2"),
-    "picture")}
+KINDS = {"txt": "txt", "json": "json"} | dict.fromkeys(
+    "png jpg jpeg webp gif bmp tif tiff ppm pgm avif jp2".split(), "picture")
 TABLES = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = ("text", "caption", "captions", "synthetic_caption")     # in a .json, or a table's line
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")      # NUL, halves of surrogate pairs: cannot be written
@@ -228,7 +227,7 @@ def import_pictures(sources: Sequence, out: Path, size: int, rank: int = 0, rank
     Ranks share the pieces, shards made of the same stay, and the last rank to finish removes those
     of other files, writes data.json and returns True. UserError: a source is damaged, DATA is
     something else, or too much is left out."""
-    out, marks, report = Path(out), {}, Report()
+    out, report, marks = Path(out), Report(), {}
     pieces = find_pieces(sources, report)
     if dry_run or not pieces:
         for name in tqdm(pieces, "pieces", disable=None):
@@ -242,28 +241,30 @@ def import_pictures(sources: Sequence, out: Path, size: int, rank: int = 0, rank
         encoder.load()
         info = dict(kind="latents", size=size, vae=vae.source, dtype=str(encoder.model.dtype),
                     scaling_factor=vae.model.config.scaling_factor, text_encoder=encoder.config())
-    before = marks_of(out, info)
+    before = open_data(out, info)
     for name, piece in pieces.items():       # 16 hex digits that change when any of its files does
-        made_of = json.dumps([info, one_line, piece])
+        made_of = json.dumps([info, piece, one_line])
         marks[name] = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     todo = [name for name in [*pieces][rank::ranks] if before.get(name) != marks[name]]
-    if todo or rank == 0 and before.keys() - marks.keys():
+    if rank > 0 and not todo:
+        return False
+    if before != marks:
         (out / "data.json").unlink(missing_ok=True)              # from now on the data is not whole
     for name in tqdm(todo, "pieces", disable=rank > 0 or None):
         own = Report()
         samples = read_samples(name, pieces[name], size, one_line, own)
         columns, files = columns_of(samples, size, vae, encoder)
         write_shard(out / f"{name}.safetensors", columns, source=marks[name], files=files,
-                    report=[own.left_out, own.notes])
-    if not (todo or rank == 0) or not marks.items() <= marks_of(out, info).items():
-        return False
-    finish(out, sources, info, marks, report)
-    return True
+                    left_out=own.left_out, notes=own.notes)
+    whole = marks.items() <= open_data(out, info).items()
+    if whole:
+        finish(out, sources, info, {*marks}, report)
+    return whole
 
 
-def marks_of(out: Path, info: dict) -> dict[str, str]:
-    """What the shards of DATA are made of, by name; the folder is made. UserError: it cannot be, or
-    it holds something else."""
+def open_data(out: Path, info: dict) -> dict[str, str]:
+    """Make the folder DATA; name of a shard → mark of what it was made of. UserError: the folder
+    cannot be made, or holds something else."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -280,22 +281,19 @@ def marks_of(out: Path, info: dict) -> dict[str, str]:
     return marks
 
 
-def finish(out: Path, sources: Sequence, info: dict, marks: dict, report: "Report") -> None:
+def finish(out: Path, sources: Sequence, info: dict, names: set[str], report: "Report") -> None:
     """All shards are there: remove those of other files, say what there is, write data.json."""
-    pairs, longest, words = 0, 0, set()
-    for path in out.glob(".*.safetensors.*.tmp"):                # of processes that were killed
-        path.unlink(missing_ok=True)
-    for path in shard_paths(out):
-        if path.stem not in marks:
+    for path in [*out.glob(".*.safetensors.*.tmp"), *shard_paths(out)]:      # .tmp: of a kill
+        if path.stem not in names:
             path.unlink(missing_ok=True)
             path.with_name(f"{path.stem}.scores.safetensors").unlink(missing_ok=True)
-            continue
-        shard = Shard(path)
-        left_out, notes = shard.metadata["report"]
-        report.left_out.update(left_out)
-        for kind, (count, first) in notes.items():
+    shards, longest, words = [Shard(path) for path in shard_paths(out)], 0, set()
+    for shard in shards:
+        said = shard.metadata
+        report.usable += shard.rows
+        report.left_out.update(said["left_out"])
+        for kind, (count, first) in said["notes"].items():
             report.note(kind, first, count)
-        report.usable, pairs = report.usable + shard.rows, pairs + shard.pairs
         for caption in shard.captions if info["kind"] == "pixels" else ():
             split = split_words(caption)
             longest = max(longest, len(split))
@@ -303,8 +301,8 @@ def finish(out: Path, sources: Sequence, info: dict, marks: dict, report: "Repor
     report.show(sources)
     if info["kind"] == "pixels":
         info = info | dict(words=sorted(words), longest=longest)
-    write_info(out, info | dict(shards=len(marks), samples=report.usable, pairs=pairs,
-                                left_out=report.left_out))
+    write_info(out, info | dict(shards=len(shards), samples=report.usable, left_out=report.left_out,
+                                pairs=sum(shard.pairs for shard in shards)))
 
 
 class Report:
@@ -332,8 +330,8 @@ class Report:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
         print(f"{found} found = {self.usable} usable + {left_out} left out ({reasons or 'none'})")
         if self.usable == 0:
-            raise UserError(f"{where} has no picture with a caption (a .txt or .json beside it, or "
-                            "a metadata.jsonl or .csv above it) and no tar: see docs/data.md")
+            raise UserError(f"{where} has no picture with a caption, beside it or in a metadata."
+                            "jsonl or .csv, and no tar: make it as docs/data.md says")
         refuse_too_many(left_out, found, where, f"{reasons}; --dry-run names all")
 
 
@@ -348,18 +346,17 @@ def find_pieces(sources: Sequence, report: Report) -> dict[str, dict | tuple]:
             continue
         if not os.path.isdir(source):
             raise UserError(f"{source} is no file and no folder: give tars or folders of pictures")
-        files = list_folder(source, report)
+        files, samples = list_folder(source, report), {}
         tars = [name for name in files if "/" not in name and name.lower().endswith(".tar")]
         tables = [name for name in TABLES if name in files]
         if tars:
-            samples = {}
             found += [(Path(name).stem, files.pop(name)[0]) for name in tars]
-            for name in files:
-                report.not_read(f"{source}/{name}")
         elif tables:
-            samples = read_table(source, tables[0], files, report)
+            samples = read_table(source, tables[0], files)
         else:
-            samples = samples_of(files.items(), source, False, report)
+            samples = samples_of(files, source, first_dot=False)
+        for name in files:
+            report.not_read(f"{source}/{name}")
         keys, folder = sorted(samples), Path(source).resolve().name
         for first in range(0, len(keys), PIECE):
             part = {key: samples[key] for key in keys[first:first + PIECE]}
@@ -371,18 +368,17 @@ def find_pieces(sources: Sequence, report: Report) -> dict[str, dict | tuple]:
 
 
 def list_folder(folder: str, report: Report) -> dict[str, tuple]:
-    """All regular files below a folder but hidden ones, name → place: no pipe, which would hang,
-    no device, which would never end."""
+    """Name → place of all regular files below a folder, but hidden ones: a pipe would hang, a
+    device would never end."""
     places = {}
-    unreadable = partial(report.note, "not read, no right to")
-    for parent, subfolders, names in os.walk(folder, onerror=lambda e: unreadable(e.filename)):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        links = [name for name in subfolders if os.path.islink(os.path.join(parent, name))]
-        for path in (os.path.join(parent, name) for name in names + links if name[0] != "."):
+    for parent, folders, names in os.walk(folder, onerror=lambda e: report.not_read(e.filename)):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in [name for name in names + folders if name[0] != "."]:
+            path = os.path.join(parent, name)
             if os.path.isfile(path):
                 file = file_of(path)
                 places[os.path.relpath(path, folder)] = (file, 0, file[1])
-            else:
+            elif not os.path.isdir(path) or os.path.islink(path):
                 report.note("not read, no regular file", path)
     return dict(sorted(places.items()))
 
@@ -393,26 +389,23 @@ def file_of(path: str) -> tuple[str, int, int]:
     return os.path.abspath(path), now.st_size, now.st_mtime_ns
 
 
-def samples_of(places: Iterable[tuple], where: str, first_dot: bool, report: Report) -> dict:
-    """(name of a file, its place) → key → parts. A key ends at the first dot of a name, or at the
-    last. UserError: two pictures, or two texts, with one key."""
-    samples = {}
-    for name, place in places:
+def samples_of(files: dict, where: str, first_dot: bool) -> dict:
+    """Takes the files of samples out of {name: place} → key → parts. A key ends at the first dot of
+    a name, or at the last. UserError: two pictures, or two texts, with one key."""
+    samples = {}                                                 # key → kind → name
+    for name in files:
         parent, slash, base = utf8(name).rpartition("/")
         stem, _, ending = base.rpartition(".")
         key = parent + slash + (stem.partition(".")[0] if first_dot else stem)
         kind = KINDS.get(ending.lower())
         if kind is None:
-            report.not_read(f"{where}/{name}")
-        elif kind in samples.setdefault(key, {}):
+            continue
+        if kind in samples.setdefault(key, {}):
             raise UserError(printable(f"{where}: {utf8(name)} is a second {kind} with the key "
                                       f"{key!r} (in a tar, all before the first dot): rename it"))
-        else:
-            samples[key][kind] = place
-    for key in [key for key, parts in samples.items() if "picture" not in parts]:
-        for kind in samples.pop(key):
-            report.not_read(f"{where}/{key}.{kind}")
-    return samples
+        samples[key][kind] = name
+    return {key: {kind: files.pop(name) for kind, name in names.items()}
+            for key, names in samples.items() if "picture" in names}
 
 
 def utf8(name: str) -> str:
@@ -421,10 +414,11 @@ def utf8(name: str) -> str:
     return unicodedata.normalize("NFC", content.decode("utf-8", "backslashreplace"))
 
 
-def read_table(folder: str, table: str, places: dict, report: Report) -> dict:
-    """metadata.jsonl or .csv → the samples of a folder, with the whole name as key.
-    UserError: a line is broken, or names a picture that was named before."""
-    number, samples, files = 0, {}, {utf8(name): place for name, place in places.items()}
+def read_table(folder: str, table: str, files: dict) -> dict:
+    """metadata.jsonl or .csv: takes the files of samples out of {name: place} → key, the whole
+    name, → parts. UserError: a line is broken, or names a picture that was named before."""
+    del files[table]
+    number, samples, by_name = 0, {}, {utf8(name): name for name in files}
     try:
         with open(f"{folder}/{table}", encoding="utf-8-sig", newline="") as file:
             lines = (json.loads(line) for line in file if line.strip())
@@ -436,34 +430,33 @@ def read_table(folder: str, table: str, places: dict, report: Report) -> dict:
                 if key in samples:
                     raise ValueError(f"{key!r} a second time; give all captions in one line")
                 missing = f"no such file: {name} in {folder}, where / divides folders"
-                samples[key] = {"picture": files.get(key, missing), "record": record}
+                samples[key] = {"picture": files.pop(by_name.get(key), missing), "record": record}
     except (csv.Error, ValueError, RecursionError) as error:
         raise UserError(printable(f"{folder}/{table}, near record {number}: {first_line(error)}; "
                                   "correct it, in UTF-8")) from error
-    for name in files.keys() - samples.keys() - {table}:
-        report.not_read(f"{folder}/{name}")
     return samples
 
 
-def tar_entries(file: tuple) -> list[tuple]:
-    """A tar's members: (name, place or why it cannot be read); a link has that of its target."""
-    entries, links = [], []
+def tar_files(file: tuple) -> dict[str, tuple | str]:
+    """Name → place, or why it cannot be read, of a tar's members; a link has its target's.
+    UserError: the tar is damaged, or two members have one name."""
+    places, links = {}, {}
     for member in tar_members(file[0]):
         name = os.path.normpath(member.name)
         if os.path.basename(name).startswith(".") or member.isdir():
             continue
+        if name in places or name in links:
+            raise UserError(printable(f"{file[0]}: a second {name!r}: rename it"))
         if member.issym() or member.islnk():
             base = os.path.dirname(name) if member.issym() else ""
-            links.append((name, os.path.normpath(os.path.join(base, member.linkname))))
+            links[name] = os.path.normpath(os.path.join(base, member.linkname))
         elif member.isreg() and not member.issparse():
-            entries.append((name, (file, member.offset_data, member.size)))
+            places[name] = (file, member.offset_data, member.size)
         else:
-            entries.append((name, "no regular file, or with holes: write the tar without --sparse"))
-    places = dict(entries)
-    for name, target in links:
+            places[name] = "no regular file, or with holes: write the tar without --sparse"
+    for name, target in links.items():
         places[name] = places.get(target, f"a link to what is no file in the tar: {utf8(target)}")
-        entries.append((name, places[name]))
-    return entries
+    return places
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
@@ -499,7 +492,10 @@ def read_samples(shard: str, piece: dict | tuple, size: int, one_line: bool,
     """The samples that can be used: key, captions, place, pixels uint8 (3, size, size). The others
     are named and counted."""
     if not isinstance(piece, dict):                              # the file of a tar
-        piece = samples_of(tar_entries(piece), piece[0], True, report)
+        where, files = piece[0], tar_files(piece)
+        piece = samples_of(files, where, first_dot=True)
+        for name in files:
+            report.not_read(f"{where}/{name}")
     for key, parts in piece.items():
         name = f"{shard}/{key}"
         try:
@@ -531,22 +527,20 @@ def captions_of(name: str, parts: dict, one_line: bool, report: Report) -> list[
         value = record.get(key) if isinstance(record, dict) else None
         if value is not None and not (texts and key in ("text", "caption")):
             texts += value if isinstance(value, list) else [value]
-    if not texts:
-        raise UserError("no caption: no .txt with its key, no text or caption in a .json or table")
     for text in texts:
         if not isinstance(text, str) or NOT_TEXT.search(text):
             raise UserError("a caption that is not plain text")
-        text = text.strip()
-        words, lines = len(split_words(text)), len(text.splitlines())
+        words, lines = len(split_words(text)), len(text.strip().splitlines())
         if words == 0:
             report.note("captions without a word", name)
-        elif text not in captions:
-            captions.append(text)
+        elif text.strip() not in captions:
+            captions.append(text.strip())
             if lines > 1 or words > MAX_WORDS:
                 report.note(f"captions of several lines or over {MAX_WORDS} words, which slow "
                             "training (shorten them, or pass --first-line)", name)
     if not captions:
-        raise UserError("a caption without a word")
+        raise UserError("a caption without a word" if texts else "no caption: no .txt with its "
+                        "key, no text or caption in a .json or table")
     return captions
 
 
@@ -563,7 +557,7 @@ def read_part(place: tuple | str) -> bytes:
 def columns_of(samples: Iterator, size: int, vae: "VAE | None",
                encoder: "T5 | None") -> tuple[dict, list]:
     """Samples → a shard's columns, and the files that `place` counts. UserError: not finite."""
-    rows, pictures, states, files = [], [], [], {}
+    rows, pictures, states, places, files = [], [], [], [], {}
     while batch := list(islice(samples, 16)):
         rows += [sample[:3] for sample in batch]
         found = [pixels for *_, pixels in batch]                                 # (3, s, s) each
@@ -579,8 +573,8 @@ def columns_of(samples: Iterator, size: int, vae: "VAE | None",
                 states += of_texts
             encoder.known.clear()
         pictures += list(found)
-    places = [(files.setdefault(file, len(files)), offset, length)
-              for _, _, (file, offset, length) in rows]
+    for _, _, (file, offset, length) in rows:
+        places.append((files.setdefault(file, len(files)), offset, length))
     keys, key_ends = pack([key for key, _, _ in rows])
     captions, caption_ends = pack([text for _, texts, _ in rows for text in texts])
     columns = dict(place=np.array(places, np.int64).reshape(-1, 3), keys=keys, key_ends=key_ends,
@@ -798,11 +792,11 @@ class Order:
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions int64 (b,) → the shard and its row at each, int64 (b,)."""
         found = np.empty((2, len(positions)), np.int64)
-        for i, position in enumerate(positions.tolist()):
-            epoch, inside = divmod(position, len(self))
+        epochs, inside = np.divmod(positions, len(self))
+        for i, (epoch, place) in enumerate(zip(epochs.tolist(), inside.tolist())):
             _, ends = self.windows(epoch)
-            number = int(np.searchsorted(ends, inside, side="right"))
-            found[:, i] = self.rows_of(epoch, number)[:, inside - span(ends, number)[0]]
+            number = int(np.searchsorted(ends, place, side="right"))
+            found[:, i] = self.rows_of(epoch, number)[:, place - span(ends, number)[0]]
         return found[0], found[1]
 
     @lru_cache(maxsize=2)                              # two: a batch may span the end of one

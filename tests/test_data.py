@@ -290,6 +290,7 @@ def test_damage_to_a_tar_is_named_with_its_byte(tmp_path):
 @pytest.mark.parametrize("make, key", [
     (lambda at: tar(at / "x.tar", sample("a") + sample("b") + [("a.jpg", b"?")]), "a"),
     (lambda at: tar(at / "x.tar", sample("v1") + [("v1.2.png", b"?")]), "v1"),
+    (lambda at: tar(at / "x.tar", sample("a") + sample("a", 1)), "a.png"),
     (lambda at: folder(at / "f", PAIR | {"metadata.csv": CSV + "./a.png,b"}), "a.png")])
 def test_a_key_that_is_there_twice_is_an_error(make, key, tmp_path):
     with pytest.raises(UserError, match=f"'(./)?{key}'.*(rename it|a second time; give all)"):
