@@ -230,8 +230,8 @@ def import_pictures(sources: Sequence, out: Path, size: int, rank: int = 0, rank
     out, report, marks = Path(out), Report(), {}
     pieces = find_pieces(sources, report)
     if dry_run or not pieces:
-        for name in tqdm(pieces, "pieces", disable=None):
-            for _ in read_samples(name, pieces[name], size, one_line, report):
+        for name, piece in pieces.items():
+            for _ in read_samples(name, piece, size, one_line, report):
                 pass
         report.show(sources)
         return False
@@ -260,49 +260,6 @@ def import_pictures(sources: Sequence, out: Path, size: int, rank: int = 0, rank
     if whole:
         finish(out, sources, info, {*marks}, report)
     return whole
-
-
-def open_data(out: Path, info: dict) -> dict[str, str]:
-    """Make the folder DATA; name of a shard → mark of what it was made of. UserError: the folder
-    cannot be made, or holds something else."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}): name another DATA") from error
-    before = read_json(out / "data.json") if (out / "data.json").is_file() else info
-    for key in info:
-        if before.get(key) != info[key]:
-            raise UserError(f"{out} was made with {key} {before.get(key)}, not {info[key]}: ask "
-                            "for the same, or name another folder")
-    marks = {path.stem: Shard(path).metadata.get("source") for path in shard_paths(out)}
-    if None in marks.values() or not marks and any(out.glob("[!.]*")):
-        raise UserError(f"DATA, the last argument, is {out}, which holds files that this command "
-                        "did not make: name a folder of its own")
-    return marks
-
-
-def finish(out: Path, sources: Sequence, info: dict, names: set[str], report: "Report") -> None:
-    """All shards are there: remove those of other files, say what there is, write data.json."""
-    for path in [*out.glob(".*.safetensors.*.tmp"), *shard_paths(out)]:      # .tmp: of a kill
-        if path.stem not in names:
-            path.unlink(missing_ok=True)
-            path.with_name(f"{path.stem}.scores.safetensors").unlink(missing_ok=True)
-    shards, longest, words = [Shard(path) for path in shard_paths(out)], 0, set()
-    for shard in shards:
-        said = shard.metadata
-        report.usable += shard.rows
-        report.left_out.update(said["left_out"])
-        for kind, (count, first) in said["notes"].items():
-            report.note(kind, first, count)
-        for caption in shard.captions if info["kind"] == "pixels" else ():
-            split = split_words(caption)
-            longest = max(longest, len(split))
-            words.update(split)
-    report.show(sources)
-    if info["kind"] == "pixels":
-        info = info | dict(words=sorted(words), longest=longest)
-    write_info(out, info | dict(shards=len(shards), samples=report.usable, left_out=report.left_out,
-                                pairs=sum(shard.pairs for shard in shards)))
 
 
 class Report:
@@ -389,31 +346,6 @@ def file_of(path: str) -> tuple[str, int, int]:
     return os.path.abspath(path), now.st_size, now.st_mtime_ns
 
 
-def samples_of(files: dict, where: str, first_dot: bool) -> dict:
-    """Takes the files of samples out of {name: place} → key → parts. A key ends at the first dot of
-    a name, or at the last. UserError: two pictures, or two texts, with one key."""
-    samples = {}                                                 # key → kind → name
-    for name in files:
-        parent, slash, base = utf8(name).rpartition("/")
-        stem, _, ending = base.rpartition(".")
-        key = parent + slash + (stem.partition(".")[0] if first_dot else stem)
-        kind = KINDS.get(ending.lower())
-        if kind is None:
-            continue
-        if kind in samples.setdefault(key, {}):
-            raise UserError(printable(f"{where}: {utf8(name)} is a second {kind} with the key "
-                                      f"{key!r} (in a tar, all before the first dot): rename it"))
-        samples[key][kind] = name
-    return {key: {kind: files.pop(name) for kind, name in names.items()}
-            for key, names in samples.items() if "picture" in names}
-
-
-def utf8(name: str) -> str:
-    """A file's name as text: in one spelling of accents (NFC), bytes that are no text as \\xXX."""
-    content = name.encode("utf-8", "surrogateescape")
-    return unicodedata.normalize("NFC", content.decode("utf-8", "backslashreplace"))
-
-
 def read_table(folder: str, table: str, files: dict) -> dict:
     """metadata.jsonl or .csv: takes the files of samples out of {name: place} → key, the whole
     name, → parts. UserError: a line is broken, or names a picture that was named before."""
@@ -435,6 +367,58 @@ def read_table(folder: str, table: str, files: dict) -> dict:
         raise UserError(printable(f"{folder}/{table}, near record {number}: {first_line(error)}; "
                                   "correct it, in UTF-8")) from error
     return samples
+
+
+def utf8(name: str) -> str:
+    """A file's name as text: in one spelling of accents (NFC), bytes that are no text as \\xXX."""
+    content = name.encode("utf-8", "surrogateescape")
+    return unicodedata.normalize("NFC", content.decode("utf-8", "backslashreplace"))
+
+
+def samples_of(files: dict, where: str, first_dot: bool) -> dict:
+    """Takes the files of samples out of {name: place} → key → parts. A key ends at the first dot of
+    a name, or at the last. UserError: two pictures, or two texts, with one key."""
+    samples = {}                                                 # key → kind → name
+    for name in files:
+        parent, slash, base = utf8(name).rpartition("/")
+        stem, _, ending = base.rpartition(".")
+        key = parent + slash + (stem.partition(".")[0] if first_dot else stem)
+        kind = KINDS.get(ending.lower())
+        if kind is None:
+            continue
+        if kind in samples.setdefault(key, {}):
+            raise UserError(printable(f"{where}: {utf8(name)} is a second {kind} with the key "
+                                      f"{key!r} (in a tar, all before the first dot): rename it"))
+        samples[key][kind] = name
+    return {key: {kind: files.pop(name) for kind, name in names.items()}
+            for key, names in samples.items() if "picture" in names}
+
+
+# -- the samples of a piece
+
+def read_samples(shard: str, piece: dict | tuple, size: int, one_line: bool,
+                 report: Report) -> Iterator[tuple]:
+    """The samples that can be used: key, captions, place, pixels uint8 (3, size, size). The others
+    are named and counted."""
+    if not isinstance(piece, dict):                              # the file of a tar
+        where, files = piece[0], tar_files(piece)
+        piece = samples_of(files, where, first_dot=True)
+        for name in files:
+            report.not_read(f"{where}/{name}")
+    quiet = os.environ.get("RANK", "0") != "0" or None
+    for key, parts in tqdm(piece.items(), shard, leave=False, disable=quiet):
+        name = f"{shard}/{key}"
+        try:
+            captions = captions_of(name, parts, one_line, report)
+            pixels = square(read_part(parts["picture"]), size)
+        except (UserError, *BROKEN) as error:
+            kind = "" if isinstance(error, UserError) else "an unreadable picture: "
+            reason = kind + first_line(error)
+            print(printable(f"left out {name}: {reason}"))
+            report.left_out[reason.partition(":")[0]] += 1
+            continue
+        report.usable += 1
+        yield key, captions, parts["picture"], pixels
 
 
 def tar_files(file: tuple) -> dict[str, tuple | str]:
@@ -485,32 +469,6 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
                         f"{start} ({first_line(error)}): unpack it, or fetch it again") from error
 
 
-# -- the samples of a piece
-
-def read_samples(shard: str, piece: dict | tuple, size: int, one_line: bool,
-                 report: Report) -> Iterator[tuple]:
-    """The samples that can be used: key, captions, place, pixels uint8 (3, size, size). The others
-    are named and counted."""
-    if not isinstance(piece, dict):                              # the file of a tar
-        where, files = piece[0], tar_files(piece)
-        piece = samples_of(files, where, first_dot=True)
-        for name in files:
-            report.not_read(f"{where}/{name}")
-    for key, parts in piece.items():
-        name = f"{shard}/{key}"
-        try:
-            captions = captions_of(name, parts, one_line, report)
-            pixels = square(read_part(parts["picture"]), size)
-        except (UserError, *BROKEN) as error:
-            kind = "" if isinstance(error, UserError) else "an unreadable picture: "
-            reason = kind + first_line(error)
-            print(printable(f"left out {name}: {reason}"))
-            report.left_out[reason.partition(":")[0]] += 1
-            continue
-        report.usable += 1
-        yield key, captions, parts["picture"], pixels
-
-
 def captions_of(name: str, parts: dict, one_line: bool, report: Report) -> list[str]:
     """The captions of a sample, each once: its .txt, or else text or caption; then the others of
     CAPTIONS. UserError: there is none."""
@@ -554,6 +512,27 @@ def read_part(place: tuple | str) -> bytes:
         return file.read(length)
 
 
+# -- shards of them
+
+def open_data(out: Path, info: dict) -> dict[str, str]:
+    """Make the folder DATA; name of a shard → mark of what it was made of. UserError: the folder
+    cannot be made, or holds something else."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}): name another DATA") from error
+    before = read_json(out / "data.json") if (out / "data.json").is_file() else info
+    for key in info:
+        if before.get(key) != info[key]:
+            raise UserError(f"{out} was made with {key} {before.get(key)}, not {info[key]}: ask "
+                            "for the same, or name another folder")
+    marks = {path.stem: Shard(path).metadata.get("source") for path in shard_paths(out)}
+    if None in marks.values() or not marks and any(out.glob("[!.]*")):
+        raise UserError(f"DATA, the last argument, is {out}, which holds files that this command "
+                        "did not make: name a folder of its own")
+    return marks
+
+
 def columns_of(samples: Iterator, size: int, vae: "VAE | None",
                encoder: "T5 | None") -> tuple[dict, list]:
     """Samples → a shard's columns, and the files that `place` counts. UserError: not finite."""
@@ -588,6 +567,30 @@ def columns_of(samples: Iterator, size: int, vae: "VAE | None",
     empty = encoder.states([""])[0].half().numpy()                               # (L, E)
     return columns | dict(mean=x[:, 0], std=x[:, 1], text=np.concatenate([empty[:0], *states]),
                           text_ends=ends_of(states), empty=empty), [*files]
+
+
+def finish(out: Path, sources: Sequence, info: dict, names: set[str], report: Report) -> None:
+    """All shards are there: remove those of other files, say what there is, write data.json."""
+    for path in [*out.glob(".*.safetensors.*.tmp"), *shard_paths(out)]:      # .tmp: of a kill
+        if path.stem not in names:
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.stem}.scores.safetensors").unlink(missing_ok=True)
+    shards, longest, words = [Shard(path) for path in shard_paths(out)], 0, set()
+    for shard in shards:
+        said = shard.metadata
+        report.usable += shard.rows
+        report.left_out.update(said["left_out"])
+        for kind, (count, first) in said["notes"].items():
+            report.note(kind, first, count)
+        for caption in shard.captions if info["kind"] == "pixels" else ():
+            split = split_words(caption)
+            longest = max(longest, len(split))
+            words.update(split)
+    report.show(sources)
+    if info["kind"] == "pixels":
+        info = info | dict(words=sorted(words), longest=longest)
+    write_info(out, info | dict(shards=len(shards), samples=report.usable, left_out=report.left_out,
+                                pairs=sum(shard.pairs for shard in shards)))
 
 
 # ---- the format ----------------------------------------------------------------------------------
