@@ -33,7 +33,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -327,8 +327,8 @@ def find_pieces(sources: Sequence, report: Report) -> dict[str, dict | tuple]:
 def list_folder(folder: str, report: Report) -> dict[str, tuple]:
     """Name → place of all regular files below a folder, but hidden ones: a pipe would hang, a
     device would never end."""
-    places = {}
-    for parent, folders, names in os.walk(folder, onerror=lambda e: report.not_read(e.filename)):
+    places, closed = {}, partial(report.note, "not read, a folder without right to it")
+    for parent, folders, names in os.walk(folder, onerror=lambda error: closed(error.filename)):
         folders[:] = [name for name in folders if name[0] != "."]
         for name in [name for name in names + folders if name[0] != "."]:
             path = os.path.join(parent, name)
@@ -789,13 +789,10 @@ class Order:
     def __init__(self, counts: Sequence[int], seed: int, window: int = 64):
         self.counts, self.seed, self.window = np.array(counts, np.int64), seed, window
 
-    def __len__(self) -> int:
-        return int(self.counts.sum())
-
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions int64 (b,) → the shard and its row at each, int64 (b,)."""
         found = np.empty((2, len(positions)), np.int64)
-        epochs, inside = np.divmod(positions, len(self))
+        epochs, inside = np.divmod(positions, self.counts.sum())
         for i, (epoch, place) in enumerate(zip(epochs.tolist(), inside.tolist())):
             _, ends = self.windows(epoch)
             number = int(np.searchsorted(ends, place, side="right"))
@@ -852,10 +849,8 @@ class Words:
     def __init__(self, vocabulary: Sequence[str], dim: int = 64, length: int = 16):
         assert dim % 4 == 0, dim
         self.vocabulary, self.dim, self.length = tuple(vocabulary), dim, length
-        self.index = {word: i for i, word in enumerate(self.vocabulary, 1)}
-        # Row 0 is "", the one token of the empty prompt.
-        digests = b"".join(hashlib.shake_256(word.encode()).digest(dim // 2)
-                           for word in ("", *self.vocabulary))
+        self.index = {word: i for i, word in enumerate(("", *vocabulary))}   # "": an empty prompt's
+        digests = b"".join(hashlib.shake_256(word.encode()).digest(dim // 2) for word in self.index)
         values = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, dim // 2)
         self.words = (values - 127.5) / ((256 ** 2 - 1) / 12) ** 0.5              # (V+1, dim/2)
         frequency = 100.0 ** (-torch.arange(dim // 4) / (dim // 4))   # captions are short: not 10^4
@@ -876,7 +871,7 @@ class Words:
             if len(words) > self.length:
                 raise UserError(f"{printable(prompt)!r} has {len(words)} words; shorten it to "
                                 f"{self.length}")
-            token = torch.tensor([self.index[word] for word in words] or [0])    # (L,)
+            token = torch.tensor([self.index[word] for word in words or [""]])     # (L,)
             found.append(torch.cat([self.words[token], self.positions[:len(token)]], 1))
         return found
 

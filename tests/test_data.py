@@ -301,13 +301,14 @@ def test_names_match_in_any_spelling_of_accents_and_in_the_folder_said(tmp_path,
     nfc, nfd = unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")
     named = folder(tmp_path / "n", {f"{nfd}.png": A, "0.png": B, "metadata.jsonl": "\n".join(
         json.dumps(dict(file_name=name, text="a")) for name in (
-            f"{nfc}.png", "img\\0.png", "train/0.png"))})
+            f"{nfc}.png", "img\\0.png", "train/0.png", f"../s/{nfc}.png", f"{tmp_path}/s/{nfc}.png",
+            "b\0", "\ud800"))})
     stems = folder(tmp_path / "s", {f"{nfd}.png": A, f"{nfc}.txt": "accent"})
     packed = tar(tmp_path / "t.tar", [(f"{nfd}.png", A), (f"{nfc}.txt", b"accent")])
     assert captions(tmp_path / "out", named, stems, packed) == {
         f"n-00000/{nfc}.png": ["a"], f"s-00000/{nfc}": ["accent"], f"t/{nfc}": ["accent"]}
     out = capsys.readouterr().out
-    assert f"no such file: train/0.png in {named}" in out
+    assert f"no such file: train/0.png in {named}" in out and out.count("no such file: ") == 6
     assert f"no such file: img\\0.png in {named}" in out and f"1, the first is {named}/0.png" in out
 
 
@@ -358,14 +359,6 @@ def test_a_broken_table_is_an_error_that_names_the_record(name, content, said, t
     folder(tmp_path, {"b.png": A, "f/a.png": A, f"f/{name}": content})
     with pytest.raises(UserError, match=f"{name}, .*{said}"):
         bring(tmp_path / "out", tmp_path / "f")
-
-
-@pytest.mark.parametrize("name", ["../b.png", "/b.png", "in/../../b.png", "b\\u0000", "\\ud800"])
-def test_a_table_does_not_lead_out_of_its_folder(name, tmp_path, lax, capsys):
-    folder(tmp_path, {"b.png": A, "f/a.png": A, "f/metadata.jsonl": "\n".join(
-        f'{{"file_name": "{path}", "text": "a"}}' for path in ("a.png", name))})
-    assert [*captions(tmp_path / "out", tmp_path / "f")] == ["f-00000/a.png"]
-    assert "no such file: " in capsys.readouterr().out
 
 
 def test_a_long_caption_is_said_and_the_first_line_can_be_taken(tmp_path, capsys):
