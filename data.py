@@ -575,9 +575,9 @@ def finish(out: Path, sources: Sequence, info: dict, names: set[str], report: Re
         if path.stem not in names:
             path.unlink(missing_ok=True)
             path.with_name(f"{path.stem}.scores.safetensors").unlink(missing_ok=True)
-    shards, longest, words = [Shard(path) for path in shard_paths(out)], 0, set()
-    for shard in shards:
-        said = shard.metadata
+    pairs, longest, words = 0, 0, set()
+    for shard in map(Shard, shard_paths(out)):
+        said, pairs = shard.metadata, pairs + shard.pairs
         report.usable += shard.rows
         report.left_out.update(said["left_out"])
         for kind, (count, first) in said["notes"].items():
@@ -589,8 +589,8 @@ def finish(out: Path, sources: Sequence, info: dict, names: set[str], report: Re
     report.show(sources)
     if info["kind"] == "pixels":
         info = info | dict(words=sorted(words), longest=longest)
-    write_info(out, info | dict(shards=len(shards), samples=report.usable, left_out=report.left_out,
-                                pairs=sum(shard.pairs for shard in shards)))
+    write_info(out, info | dict(shards=len(names), samples=report.usable, pairs=pairs,
+                                left_out=report.left_out))
 
 
 # ---- the format ----------------------------------------------------------------------------------
