@@ -728,8 +728,8 @@ class Shard:
         number, offset, length = self.read("place", row, row + 1)[0].tolist()
         file = self.files[number]
         if not os.path.isfile(file[0]) or list(file_of(file[0])) != file:
-            raise UserError(f"{file[0]} is gone, or has changed since {self.path} was made from "
-                            "it: import again")
+            raise UserError(f"{file[0]} has changed since {self.path} was made from it: import "
+                            "again")
         return read_part((file, offset, length))
 
     def picture(self, row: int, size: int) -> np.ndarray:
