@@ -29,7 +29,6 @@ import pickle
 import platform
 import re
 import shlex
-import stat
 import struct
 import sys
 import tarfile
@@ -37,8 +36,9 @@ import tempfile
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -59,8 +59,7 @@ BROKEN = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError
           struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 PRECISIONS = ("auto", "fp32", "bf16")
 # Every random number of the project comes from (seed, stream, numbers): no two streams meet.
-STREAMS = {"scene": 0, "prompts": 1, "draws": 3, "validation": 4, "latents": 5, "detector": 6,
-           "order": 7}
+STREAMS = {"scene": 0, "prompts": 1, "draws": 3, "latents": 5, "detector": 6, "order": 7}
 
 
 # ---- what every program shares -------------------------------------------------------------------
@@ -107,7 +106,7 @@ def first_to_say() -> bool:
         return True
     try:
         return rank_store(timedelta(seconds=5)).add("ended", 1) == 1
-    except dist.DistError:
+    except (dist.DistError, KeyError):                        # KeyError: no MASTER_ADDR
         return True
 
 
@@ -251,7 +250,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """The first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -327,22 +326,18 @@ def square(data: bytes, size: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)                                  # (3, size, size)
 
 
-# ---- the border: SOURCE -> samples {key: parts} -> what can be read -> columns -> a shard --------
-# A part of a sample, "picture", "txt" or "json", is a place, ((path, size, time of change), offset,
-# length), or why it cannot be read; "record" is the line of a table.
+# ---- the border: SOURCE -> pieces -> samples that can be read -> columns -> a shard --------------
+# A piece is what a shard is made of: the file of a tar, or up to PIECE samples of a folder, {key:
+# parts}. A part, "picture", "txt" or "json", is its place, (file, offset, length) with a file as
+# `file_of` has it, or says why it cannot be read; a "record" is the line of a table.
 
-PIECE = 1000                 # samples of a folder in one shard; a tar is one shard
-MAX_BYTES = 2 ** 30          # a larger file is no picture and no caption
+PIECE = 1000
 MAX_WORDS = 100              # of a caption, beyond which there is a note
-KINDS = {"txt": "txt", "json": "json", **dict.fromkeys(
-    ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "jp2"),
-    "picture")}
+KINDS = {"txt": "txt", "json": "json"} | dict.fromkeys(
+    "png jpg jpeg webp gif bmp tif tiff ppm pgm avif jp2".split(), "picture")
 TABLES = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = ("text", "caption", "captions", "synthetic_caption")     # in a .json, or a table's line
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")      # NUL, halves of surrogate pairs: cannot be written
-READ = ("a SOURCE gives its tars (unpacked, not in subfolders) or else its pictures (PNG, JPEG, "
-        "...) with captions in a .txt or .json beside each, or in its own metadata.jsonl or "
-        "metadata.csv (file_name; text or caption): make it so, or name folders one by one")
 
 
 def import_pictures(sources: Sequence, out: Path, size: int, rank: int = 0, ranks: int = 1,
@@ -351,226 +346,148 @@ def import_pictures(sources: Sequence, out: Path, size: int, rank: int = 0, rank
     """SOURCES → DATA of squares of `size` pixels, or with vae and encoder of their latents.
     one_line: the first line of a .txt is its caption. dry_run: only say what is there.
 
-    Ranks share the shards, those that are there of the same files stay, and the last rank to finish
-    removes those of other files, writes data.json and returns True. UserError: a source cannot be
-    used (a damaged tar, a key twice, a broken table), DATA is something else, or too much left out.
-    """
-    out, counts = Path(out), Counter()
-    pieces, info, marks = find_pieces(sources, counts), info_of(size, vae, encoder), {}
-    for name, content in pieces.items():     # 16 hex digits that change when any of its files does
-        made_of = json.dumps([info, one_line, content])
-        marks[name] = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    listed, todo = counts.copy(), [*pieces]
-    if not dry_run:
-        before = check_place(out, sources, info)
-        todo = [name for name in todo[rank::ranks] if before.get(name) != marks[name]]
-        if todo or rank == 0 and before.keys() - marks.keys():
-            (out / "data.json").unlink(missing_ok=True)          # from now on the data is not whole
-    for number, name in enumerate(todo, 1):
-        samples, start = pieces[name], counts.copy()
-        if not isinstance(samples, dict):                        # a tar
-            samples = samples_of(tar_entries(samples), samples[0], True, counts)
-        pictures = tqdm(read_pictures(name, samples, size, one_line, counts),
-                        f"{name} ({number} of {len(todo)})", len(samples), leave=False,
-                        disable=rank > 0 or None)
-        if dry_run:
-            for _ in pictures:
+    Ranks share the pieces, shards made of the same stay, and the last rank to finish removes those
+    of other files, writes data.json and returns True. UserError: a source is damaged, DATA is
+    something else, or too much is left out."""
+    out, report, marks = Path(out), Report(), {}
+    pieces = find_pieces(sources, report)
+    if dry_run or not pieces:
+        for name, piece in pieces.items():
+            for _ in read_samples(name, piece, size, one_line, report):
                 pass
-            continue
-        columns, files = columns_of(iter(pictures), size, vae, encoder)
+        report.show(sources)
+        return False
+    info = dict(kind="pixels", size=size)
+    if vae is not None:
+        vae.load()
+        encoder.load()
+        info = dict(kind="latents", size=size, vae=vae.source, dtype=str(encoder.model.dtype),
+                    scaling_factor=vae.model.config.scaling_factor, text_encoder=encoder.config())
+    before = open_data(out, info)
+    for name, piece in pieces.items():       # 16 hex digits that change when any of its files does
+        made_of = json.dumps([info, piece, one_line])
+        marks[name] = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    todo = [name for name in [*pieces][rank::ranks] if before.get(name) != marks[name]]
+    if rank > 0 and not todo:
+        return False
+    if before != marks:
+        (out / "data.json").unlink(missing_ok=True)              # from now on the data is not whole
+    for name in tqdm(todo, "pieces", disable=rank > 0 or None):
+        own = Report()
+        samples = read_samples(name, pieces[name], size, one_line, own)
+        columns, files = columns_of(samples, size, vae, encoder)
         write_shard(out / f"{name}.safetensors", columns, source=marks[name], files=files,
-                    counts=counts - start)
-    if dry_run:
-        show(counts, sources)
-    elif (todo or rank == 0) and marks.items() <= marks_in(out).items():
-        finish(out, sources, info, marks, listed)
-        return True
-    return False
+                    left_out=own.left_out, notes=own.notes)
+    whole = marks.items() <= open_data(out, info).items()
+    if whole:
+        finish(out, sources, info, {*marks}, report)
+    return whole
 
 
-def info_of(size: int, vae: "VAE | None", encoder: "T5 | None") -> dict:
-    """What data.json says from the start. UserError: an encoder cannot be loaded."""
-    if vae is None:
-        return dict(kind="pixels", size=size)
-    vae.load()
-    encoder.load()
-    vae_source, text_source = (os.path.abspath(source) if os.path.isdir(source) else source
-                               for source in (vae.source, encoder.source))       # else: hub ids
-    return dict(kind="latents", size=size, vae=vae_source, dtype=str(encoder.model.dtype),
-                scaling_factor=vae.model.config.scaling_factor,
-                text_encoder=dict(encoder.config(), source=text_source))
+class Report:
+    """What is said in the end: how many samples are usable and, by reason, left out; and notes, by
+    kind [how many, the first]."""
 
+    def __init__(self):
+        self.usable, self.left_out, self.notes = 0, Counter(), {}
 
-def marks_in(out: Path) -> dict[str, str | None]:
-    """What the shards of DATA were made of, by name; None of one that was not made here."""
-    return {path.stem: Shard(path).metadata.get("source") for path in shard_paths(out)}
+    def note(self, kind: str, name: str, count: int = 1) -> None:
+        """Count it."""
+        self.notes.setdefault(kind, [0, utf8(name)])[0] += count
 
+    def not_read(self, path: str) -> None:
+        """Count a file that is not read, by its ending."""
+        ending = os.path.splitext(path)[1].lower()
+        self.note(f"not read, {ending if ending[1:].isalpha() else 'others'}", path)
 
-def check_place(out: Path, sources: Sequence, info: dict) -> dict[str, str]:
-    """Make DATA; what `marks_in` says of it. UserError: no new one can be made or gone on with."""
-    place = f"DATA {out} (the last argument)"
-    for source in map(Path, sources):
-        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-            raise UserError(f"{place} lies in SOURCE {source}: name a folder elsewhere")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UserError(f"{place} cannot be written ({error.strerror}): name another") from error
-    before = read_json(out / "data.json") if (out / "data.json").is_file() else info
-    for key in info:
-        if before.get(key) != info[key]:
-            raise UserError(f"{out} was made with {key} {before.get(key)}, not {info[key]}: ask "
-                            "for the same, or name another folder")
-    marks = marks_in(out)
-    if None in marks.values() or not marks and any(out.glob("[!.]*")):
-        raise UserError(f"{place} holds files that this command did not make: name one of its own")
-    return marks
-
-
-def finish(out: Path, sources: Sequence, info: dict, marks: dict, counts: Counter) -> None:
-    """All shards are there: remove those of other files, say what there is, write data.json."""
-    for path in out.glob(".*.safetensors.*.tmp"):                # of processes that were killed
-        path.unlink(missing_ok=True)
-    samples, pairs, longest, words = 0, 0, 0, set()
-    for path in shard_paths(out):
-        if path.stem not in marks:
-            path.unlink(missing_ok=True)
-            path.with_name(f"{path.stem}.scores.safetensors").unlink(missing_ok=True)
-            continue
-        shard = Shard(path)
-        samples, pairs = samples + shard.rows, pairs + shard.pairs
-        counts.update(shard.metadata["counts"])
-        for caption in shard.captions if info["kind"] == "pixels" else ():
-            split = split_words(caption)
-            longest = max(longest, len(split))
-            words.update(split)
-    left_out = show(counts, sources)
-    if info["kind"] == "pixels":
-        info = dict(info, words=sorted(words), longest=longest)
-    write_info(out, dict(info, shards=len(marks), samples=samples, pairs=pairs, left_out=left_out))
-
-
-# -- what is said: counts has "found", "left out, " with the kind of reason, and notes
-
-def note(counts: Counter, what: str, name: str) -> None:
-    """Count it. The first is named."""
-    if not counts[what]:
-        print(printable(f"note: {what}: the first is {utf8(name)}"))
-    counts[what] += 1
-
-
-def not_read(counts: Counter, path: str) -> None:
-    """Count a file that is not read, by its ending."""
-    ending = os.path.splitext(path)[1].lower()
-    note(counts, f"not read, {ending if ending[1:].isalpha() else 'others'}", path)
-
-
-def show(counts: Counter, sources: Sequence) -> dict[str, int]:
-    """Print the counts and return those of what is left out. UserError: it is too much."""
-    for what, count in counts.items():
-        if what != "found" and not what.startswith("left out, "):
-            print(printable(f"note: {what}: {count}"))
-    if any(what.startswith("not read") for what in counts):
-        print(f"note: {READ}")
-    reasons = {what.removeprefix("left out, "): count for what, count in counts.items()
-               if what.startswith("left out, ")}
-    found, left_out, where = counts["found"], sum(reasons.values()), ", ".join(map(str, sources))
-    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    print(f"{found} found = {found - left_out} usable + {left_out} left out"
-          + (f" ({listed})" if listed else ""))
-    if found == left_out:
-        raise UserError(f"{where} has no picture with a caption: {listed or READ}")
-    refuse_too_many(left_out, found, where, f"{listed}; --dry-run names all")
-    return reasons
+    def show(self, sources: Sequence) -> None:
+        """Print all. UserError: too much is left out."""
+        for kind, (count, first) in self.notes.items():
+            print(printable(f"note: {kind}: {count}, the first is {first}"))
+        left_out, where = sum(self.left_out.values()), ", ".join(map(str, sources))
+        found = self.usable + left_out
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        print(f"{found} found = {self.usable} usable + {left_out} left out ({reasons or 'none'})")
+        if self.usable == 0:
+            raise UserError(f"{where} has no picture with a caption, beside it or in a metadata."
+                            "jsonl or .csv, and no tar: make it as docs/data.md says")
+        refuse_too_many(left_out, found, where, f"{reasons}; --dry-run names all")
 
 
 # -- which samples there are: names and tables, no picture is opened
 
-def find_pieces(sources: Sequence, counts: Counter) -> dict[str, dict | tuple]:
-    """Name of a shard → samples of a folder, or the file of a tar, which is looked into when its
-    turn comes. UserError: two have one name."""
-    found, pieces = [], {}
+def find_pieces(sources: Sequence, report: Report) -> dict[str, dict | tuple]:
+    """Name of a shard → its piece. UserError: a source is not there, or two have one name."""
+    found = []
     for source in map(str, sources):
-        if not os.path.isdir(source):
-            found.append((Path(source).stem, source, file_of(source)))
+        if os.path.isfile(source):
+            found.append((Path(source).stem, file_of(source)))
             continue
-        places, samples = list_folder(source, counts), {}
-        tars = {name for name in places if "/" not in name and name.lower().endswith(".tar")}
-        tables = [name for name in TABLES if name in places]
+        if not os.path.isdir(source):
+            raise UserError(f"{source} is no file and no folder: give tars or folders of pictures")
+        files, samples = list_folder(source, report), {}
+        tars = [name for name in files if "/" not in name and name.lower().endswith(".tar")]
+        tables = [name for name in TABLES if name in files]
         if tars:
-            found += [(Path(name).stem, f"{source}/{name}", places[name][0])
-                      for name in sorted(tars)]
-            for name in sorted(places.keys() - tars):
-                not_read(counts, f"{source}/{name}")
+            found += [(Path(name).stem, files.pop(name)[0]) for name in tars]
         elif tables:
-            samples = read_table(source, tables[0], places, counts)
+            samples = read_table(source, tables[0], files)
         else:
-            samples = samples_of(places.items(), source, False, counts)
+            samples = samples_of(files, source, first_dot=False)
+        for name in files:
+            report.not_read(f"{source}/{name}")
         keys, folder = sorted(samples), Path(source).resolve().name
         for first in range(0, len(keys), PIECE):
             part = {key: samples[key] for key in keys[first:first + PIECE]}
-            found.append((f"{folder}-{first // PIECE:05d}", source, part))
-    for name, where, content in found:
-        if name in pieces:
-            raise UserError(f"{where} and another would both become the shard {name}: rename one")
-        pieces[name] = content
-    if not pieces:
-        show(counts, sources)
-    return pieces
+            found.append((f"{folder}-{first // PIECE:05d}", part))
+    for name, count in Counter(name for name, _ in found).items():
+        if count > 1:
+            raise UserError(f"{count} tars or folders would become the shard {name}: rename one")
+    return dict(found)
 
 
-def list_folder(folder: str, counts: Counter) -> dict[str, tuple]:
-    """All regular files below a folder but hidden ones: name → place. The others are counted."""
-    places = {}
-
-    def stop(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): change its rights")
-
-    for parent, subfolders, names in os.walk(folder, onerror=stop):
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        links = [name for name in subfolders if os.path.islink(os.path.join(parent, name))]
-        for path in (os.path.join(parent, name) for name in names + links if name[0] != "."):
-            try:
+def list_folder(folder: str, report: Report) -> dict[str, tuple]:
+    """Name → place of all regular files below a folder, but hidden ones: a pipe would hang, a
+    device would never end."""
+    places, closed = {}, partial(report.note, "not read, a folder without right to it")
+    for parent, folders, names in os.walk(folder, onerror=lambda error: closed(error.filename)):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in [name for name in names + folders if name[0] != "."]:
+            path = os.path.join(parent, name)
+            if os.path.isfile(path):
                 file = file_of(path)
                 places[os.path.relpath(path, folder)] = (file, 0, file[1])
-            except UserError:
-                note(counts, "not read, no regular file", path)
+            elif not os.path.isdir(path) or os.path.islink(path):
+                report.note("not read, no regular file", path)
     return dict(sorted(places.items()))
 
 
 def file_of(path: str) -> tuple[str, int, int]:
-    """Whole path, size and time of change, by which a file is known again. UserError: it is no
-    regular file: a pipe would hang, a device would never end."""
-    try:
-        now = os.stat(path)
-        if not stat.S_ISREG(now.st_mode) or not os.access(path, os.R_OK):
-            raise OSError(0, "no regular file with right to read")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give tars, folders of tars or "
-                        "folders of pictures") from error
+    """Whole path, size and time of change of a file, by which it is known again."""
+    now = os.stat(path)
     return os.path.abspath(path), now.st_size, now.st_mtime_ns
 
 
-def samples_of(places: Iterable[tuple], where: str, first_dot: bool, counts: Counter) -> dict:
-    """(name of a file, its place) → key → parts. A key ends at the first dot of a name, or at the
-    last. UserError: two pictures, or two texts, with one key."""
-    samples = {}
-    for name, place in places:
-        parent, slash, base = utf8(name).rpartition("/")
-        stem, _, ending = base.rpartition(".")
-        key = parent + slash + (stem.partition(".")[0] if first_dot else stem)
-        kind = KINDS.get(ending.lower())
-        if kind is None:
-            not_read(counts, f"{where}/{name}")
-        elif kind in samples.setdefault(key, {}):
-            raise UserError(printable(f"{where}: {utf8(name)} is a second {kind} with the key "
-                                      f"{key!r} (in a tar, all before the first dot): rename it"))
-        else:
-            samples[key][kind] = place
-    for key in [key for key, parts in samples.items() if "picture" not in parts]:
-        for kind in samples.pop(key):
-            not_read(counts, f"{where}/{key}.{kind}")
+def read_table(folder: str, table: str, files: dict) -> dict:
+    """metadata.jsonl or .csv: takes the files of samples out of {name: place} → key, the whole
+    name, → parts. UserError: a line is broken, or names a picture that was named before."""
+    del files[table]
+    number, samples, by_name = 0, {}, {utf8(name): name for name in files}
+    try:
+        with open(f"{folder}/{table}", encoding="utf-8-sig", newline="") as file:
+            lines = (json.loads(line) for line in file if line.strip())
+            for number, record in enumerate(csv.DictReader(file) if "csv" in table else lines, 1):
+                name = record.get("file_name") if isinstance(record, dict) else None
+                if not isinstance(name, str) or None in record:
+                    raise ValueError("no file_name, or a comma that is not in quotes")
+                key = unicodedata.normalize("NFC", os.path.normpath(name))
+                if key in samples:
+                    raise ValueError(f"{key!r} a second time; give all captions in one line")
+                missing = f"no such file: {name} in {folder}, where / divides folders"
+                samples[key] = {"picture": files.pop(by_name.get(key), missing), "record": record}
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise UserError(printable(f"{folder}/{table}, near record {number}: {first_line(error)}; "
+                                  "correct it, in UTF-8")) from error
     return samples
 
 
@@ -580,113 +497,104 @@ def utf8(name: str) -> str:
     return unicodedata.normalize("NFC", content.decode("utf-8", "backslashreplace"))
 
 
-def read_table(folder: str, table: str, places: dict, counts: Counter) -> dict:
-    """metadata.jsonl or .csv → the samples of a folder, with the whole name as key.
-    UserError: a line is broken, names no picture in the folder, or one that was named before."""
-    path, number, samples = f"{folder}/{table}", 0, {}
-    files = {utf8(name): place for name, place in places.items()}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = (json.loads(line) for line in file if line.strip())
-            for number, record in enumerate(csv.DictReader(file) if "csv" in table else lines, 1):
-                if not isinstance(record, dict) or None in record:
-                    raise ValueError("no JSON object, or a comma that is not in quotes")
-                name = record.get("file_name")
-                key = utf8(os.path.normpath(name)) if isinstance(name, str) else ""
-                inside = not os.path.isabs(key) and key.split("/")[0] not in ("", ".", "..")
-                if not inside or NOT_TEXT.search(key):
-                    raise ValueError(f"its file_name {name!r} is no file in the folder; it has "
-                                     f"{', '.join(record)}")
-                if key in samples:
-                    raise ValueError(f"{name!r} a second time; give all captions in one line")
-                missing = f"no such file: {name} in {folder}, where / divides folders"
-                samples[key] = {"picture": files.get(key, missing),
-                                "record": {field: record.get(field) for field in CAPTIONS}}
-    except (csv.Error, ValueError, RecursionError) as error:
-        raise UserError(printable(f"{path}, near record {number}: {first_line(error)}; "
-                                  "correct it, in UTF-8")) from error
-    for key in files:
-        if key not in samples and not key.lower().endswith((".txt", ".json", ".jsonl", ".csv")):
-            not_read(counts, f"{folder}/{key}")
-    return samples
+def samples_of(files: dict, where: str, first_dot: bool) -> dict:
+    """Takes the files of samples out of {name: place} → key → parts. A key ends at the first dot of
+    a name, or at the last. UserError: two pictures, or two texts, with one key."""
+    samples = {}                                                 # key → kind → name
+    for name in files:
+        parent, slash, base = utf8(name).rpartition("/")
+        stem, _, ending = base.rpartition(".")
+        key = parent + slash + (stem.partition(".")[0] if first_dot else stem)
+        kind = KINDS.get(ending.lower())
+        if kind is None:
+            continue
+        if kind in samples.setdefault(key, {}):
+            raise UserError(printable(f"{where}: {utf8(name)} is a second {kind} with the key "
+                                      f"{key!r} (in a tar, all before the first dot): rename it"))
+        samples[key][kind] = name
+    return {key: {kind: files.pop(name) for kind, name in names.items()}
+            for key, names in samples.items() if "picture" in names}
 
 
-def tar_entries(file: tuple) -> list[tuple]:
-    """A tar's members: (name, place or why it cannot be read); a link has that of its target."""
-    entries, links = [], []
+# -- the samples of a piece
+
+def read_samples(shard: str, piece: dict | tuple, size: int, one_line: bool,
+                 report: Report) -> Iterator[tuple]:
+    """The samples that can be used: key, captions, place, pixels uint8 (3, size, size). The others
+    are named and counted."""
+    if not isinstance(piece, dict):                              # the file of a tar
+        where, files = piece[0], tar_files(piece)
+        piece = samples_of(files, where, first_dot=True)
+        for name in files:
+            report.not_read(f"{where}/{name}")
+    quiet = os.environ.get("RANK", "0") != "0" or None
+    for key, parts in tqdm(piece.items(), shard, leave=False, disable=quiet):
+        name = f"{shard}/{key}"
+        try:
+            captions = captions_of(name, parts, one_line, report)
+            pixels = square(read_part(parts["picture"]), size)
+        except (UserError, *BROKEN) as error:
+            kind = "" if isinstance(error, UserError) else "an unreadable picture: "
+            reason = kind + first_line(error)
+            print(printable(f"left out {name}: {reason}"))
+            report.left_out[reason.partition(":")[0]] += 1
+            continue
+        report.usable += 1
+        yield key, captions, parts["picture"], pixels
+
+
+def tar_files(file: tuple) -> dict[str, tuple | str]:
+    """Name → place, or why it cannot be read, of a tar's members; a link has its target's.
+    UserError: the tar is damaged, or two members have one name."""
+    places, links = {}, {}
     for member in tar_members(file[0]):
         name = os.path.normpath(member.name)
         if os.path.basename(name).startswith(".") or member.isdir():
             continue
+        if name in places or name in links:
+            raise UserError(printable(f"{file[0]}: a second {name!r}: rename it"))
         if member.issym() or member.islnk():
             base = os.path.dirname(name) if member.issym() else ""
-            links.append((name, os.path.normpath(os.path.join(base, member.linkname))))
+            links[name] = os.path.normpath(os.path.join(base, member.linkname))
         elif member.isreg() and not member.issparse():
-            entries.append((name, (file, member.offset_data, member.size)))
+            places[name] = (file, member.offset_data, member.size)
         else:
-            entries.append((name, "no regular file, or with holes: write the tar without --sparse"))
-    places = dict(entries)
-    for name, target in links:
-        missing = f"a link to what is no file in the tar: {utf8(target)}; put the file itself there"
-        places[name] = places.get(target, missing)
-        entries.append((name, places[name]))
-    return entries
+            places[name] = "no regular file, or with holes: write the tar without --sparse"
+    for name, target in links.items():
+        places[name] = places.get(target, f"a link to what is no file in the tar: {utf8(target)}")
+    return places
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar, or of several end to end: tarfile alone takes a block of zeros, or a
     bad header, for the end in silence. UserError: it is damaged, and at which byte."""
-    offset = 0
-    with open(path, "rb") as file:
-        try:
+    start = 0
+    try:
+        with open(path, "rb") as file:
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
             while True:
                 while (member := tar.next()) is not None:
-                    if tar.offset <= offset:                     # it would be read for ever
+                    if tar.offset <= start:                      # it would be read for ever
                         raise tarfile.ReadError("a size below 0")
-                    tar.members, offset = [], tar.offset         # or it keeps every header
+                    tar.members, start = [], tar.offset          # or it keeps every header
                     yield member
-                offset, block = file.seek(tar.offset), file.read(512)
-                if block != bytes(512):
-                    raise tarfile.ReadError("no header" if block.strip(b"\0") else "no end")
-                while block == bytes(512):
-                    tar.offset, block = tar.offset + 512, file.read(512)
-                if not block.strip(b"\0"):                      # or there is more: go on
+                file.seek(tar.offset)
+                if file.read(512) != bytes(512):
+                    raise tarfile.ReadError("neither a header nor an end")
+                while (block := file.read(512)) == bytes(512):
+                    continue
+                if not block.strip(b"\0"):
                     return
-        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-            raise UserError(f"{printable(path)} is packed, damaged, cut short or no tar, at byte "
-                            f"{offset} ({first_line(error)}): unpack it, or fetch or write it "
-                            "again") from error
+                tar.offset = start = file.tell() - len(block)    # there is more: go on
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{printable(path)} is packed, damaged, cut short or no tar, at byte "
+                        f"{start} ({first_line(error)}): unpack it, or fetch it again") from error
 
 
-# -- the samples of a piece
-
-def read_pictures(shard: str, samples: dict, size: int, one_line: bool,
-                  counts: Counter) -> Iterator[tuple]:
-    """The samples that can be used: key, captions, place, pixels uint8 (3, size, size). The others
-    are named and counted."""
-    for key, parts in samples.items():
-        name = f"{shard}/{key}"
-        counts["found"] += 1
-        try:
-            captions = captions_of(name, parts, one_line, counts)
-            content = read_part(parts["picture"])
-            pixels = square(content, size)
-        except (UserError, *BROKEN) as error:
-            kind = "" if isinstance(error, UserError) else "an unreadable picture: "
-            reason = kind + first_line(error)
-            print(printable(f"left out {name}: {reason}"))
-            counts[f"left out, {reason.partition(':')[0]}"] += 1
-            continue
-        if min(Image.open(io.BytesIO(content), formats=FORMATS).size) < size:
-            note(counts, "pictures smaller than --size, which are enlarged", name)
-        yield key, captions, parts["picture"], pixels
-
-
-def captions_of(name: str, parts: dict, one_line: bool, counts: Counter) -> list[str]:
+def captions_of(name: str, parts: dict, one_line: bool, report: Report) -> list[str]:
     """The captions of a sample, each once: its .txt, or else text or caption; then the others of
     CAPTIONS. UserError: there is none."""
-    texts, record = [], parts.get("record")
+    texts, record, captions = [], parts.get("record"), []
     try:
         if "txt" in parts:
             text = read_part(parts["txt"]).decode("utf-8-sig").strip()
@@ -699,110 +607,173 @@ def captions_of(name: str, parts: dict, one_line: bool, counts: Counter) -> list
         value = record.get(key) if isinstance(record, dict) else None
         if value is not None and not (texts and key in ("text", "caption")):
             texts += value if isinstance(value, list) else [value]
-    if not texts:
-        raise UserError("no caption: no .txt with its key, no text or caption in a .json or table")
-    if not all(isinstance(text, str) and not NOT_TEXT.search(text) for text in texts):
-        raise UserError("a caption that is not plain text")
-    captions = list(dict.fromkeys(text.strip() for text in texts))
-    worded = [caption for caption in captions if split_words(caption)]
-    if not worded:
-        raise UserError("a caption without a word")
-    if worded != captions:
-        note(counts, "captions without a word, beside others that stay", name)
-    for caption in worded:
-        words, lines = len(split_words(caption)), len(caption.splitlines())
-        if lines > 1 or words > MAX_WORDS:
-            note(counts, f"captions of several lines or over {MAX_WORDS} words, which slow "
-                 "training (shorten them, or pass --first-line)",
-                 f"{name}, {words} words in {lines} lines")
-    return worded
+    for text in texts:
+        if not isinstance(text, str) or NOT_TEXT.search(text):
+            raise UserError("a caption that is not plain text")
+        words, lines = len(split_words(text)), len(text.strip().splitlines())
+        if words == 0:
+            report.note("captions without a word", name)
+        elif text.strip() not in captions:
+            captions.append(text.strip())
+            if lines > 1 or words > MAX_WORDS:
+                report.note(f"captions of several lines or over {MAX_WORDS} words, which slow "
+                            "training (shorten them, or pass --first-line)", name)
+    if not captions:
+        raise UserError("a caption without a word" if texts else "no caption: no .txt with its "
+                        "key, no text or caption in a .json or table")
+    return captions
 
 
 def read_part(place: tuple | str) -> bytes:
-    """The bytes at a place. UserError: there are none, or too many."""
+    """The bytes at a place. UserError: why there are none."""
     if isinstance(place, str):
         raise UserError(place)
     (path, _, _), offset, length = place
-    if length > MAX_BYTES:
-        raise UserError(f"a file of more than {MAX_BYTES:,} bytes")
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(length)
 
 
-def columns_of(pictures: Iterator, size: int, vae: "VAE | None",
+# -- shards of them
+
+def open_data(out: Path, info: dict) -> dict[str, str]:
+    """Make the folder DATA; name of a shard → mark of what it was made of. UserError: the folder
+    cannot be made, or holds something else."""
+    make_folder(out)
+    before = read_json(out / "data.json") if (out / "data.json").is_file() else info
+    for key in info:
+        if before.get(key) != info[key]:
+            raise UserError(f"{out} was made with {key} {before.get(key)}, not {info[key]}: ask "
+                            "for the same, or name another folder")
+    marks = {path.stem: Shard(path).metadata.get("source") for path in shard_paths(out)}
+    if None in marks.values() or not marks and any(out.glob("[!.]*")):
+        raise UserError(f"DATA, the last argument, is {out}, which holds files that this command "
+                        "did not make: name a folder of its own")
+    return marks
+
+
+def columns_of(samples: Iterator, size: int, vae: "VAE | None",
                encoder: "T5 | None") -> tuple[dict, list]:
     """Samples → a shard's columns, and the files that `place` counts. UserError: not finite."""
-    rows, texts, arrays = [], [], [np.empty((0, 3, size, size), np.uint8)]
-    if vae is not None:
-        channels, side = vae.model.config.latent_channels, size // 8
-        arrays = [np.empty((0, 2, channels, side, side), np.float16)]
-    while batch := list(islice(pictures, 16)):
-        x = np.stack([pixels for *_, pixels in batch])                           # (b, 3, s, s)
+    rows, pictures, states, places, files = [], [], [], [], {}
+    while batch := list(islice(samples, 16)):
+        rows += [sample[:3] for sample in batch]
+        found = [pixels for *_, pixels in batch]                                 # (3, s, s) each
         if vae is not None:
-            x = torch.stack(vae.encode(torch.from_numpy(x)), 1).half().numpy()   # (b, 2, C, S, S)
-            encoder.states([text for _, captions, *_ in batch for text in captions])
-            for (key, captions, *_), latent in zip(batch, x):
-                states = [state.half().numpy() for state in encoder.states(captions)]   # (L, E)
-                if not all(np.isfinite(array).all() for array in (latent, *states)):
+            latents = torch.stack(vae.encode(torch.from_numpy(np.stack(found))), 1)
+            found = latents.half().numpy()                                       # (b, 2, C, S, S)
+            encoder.states([text for _, texts, *_ in batch for text in texts])   # all at once
+            for (key, texts, *_), latent in zip(batch, found):
+                of_texts = [state.half().numpy() for state in encoder.states(texts)]    # (L, E)
+                if not all(np.isfinite(array).all() for array in (latent, *of_texts)):
                     raise UserError(printable(f"what {key} becomes is not finite: name another "
                                               "--vae or --text-encoder, or remove the sample"))
-                texts += states
+                states += of_texts
             encoder.known.clear()
-        arrays.append(x)
-        rows += [row[:3] for row in batch]
-    columns, files, places = {}, {}, []
+        pictures += list(found)
     for _, _, (file, offset, length) in rows:
         places.append((files.setdefault(file, len(files)), offset, length))
-    columns["place"] = np.array(places, np.int64).reshape(-1, 3)
-    columns["keys"], columns["key_ends"] = pack([key for key, _, _ in rows])
-    texts_of_all = [text for _, captions, _ in rows for text in captions]
-    columns["captions"], columns["caption_ends"] = pack(texts_of_all)
-    columns["pair_ends"] = np.cumsum([len(captions) for _, captions, _ in rows], dtype=np.int64)
-    x = np.concatenate(arrays)                                      # (n, 3, s, s), (n, 2, C, S, S)
+    keys, key_ends = pack([key for key, _, _ in rows])
+    captions, caption_ends = pack([text for _, texts, _ in rows for text in texts])
+    columns = dict(place=np.array(places, np.int64).reshape(-1, 3), keys=keys, key_ends=key_ends,
+                   captions=captions, caption_ends=caption_ends,
+                   pair_ends=ends_of([texts for _, texts, _ in rows]))
     if vae is None:
-        return columns | {"pixels": x}, [*files]
+        pixels = np.array(pictures, np.uint8).reshape(-1, 3, size, size)
+        return columns | {"pixels": pixels}, [*files]
+    shape = vae.model.config.latent_channels, size // 8, size // 8
+    x = np.array(pictures, np.float16).reshape(-1, 2, *shape)
     empty = encoder.states([""])[0].half().numpy()                               # (L, E)
-    ends = np.cumsum([len(states) for states in texts], dtype=np.int64)          # (P,)
-    return columns | {"mean": x[:, 0], "std": x[:, 1], "text_ends": ends, "empty": empty,
-                      "text": np.concatenate([empty[:0], *texts])}, [*files]
+    return columns | dict(mean=x[:, 0], std=x[:, 1], text=np.concatenate([empty[:0], *states]),
+                          text_ends=ends_of(states), empty=empty), [*files]
+
+
+def finish(out: Path, sources: Sequence, info: dict, names: set[str], report: Report) -> None:
+    """All shards are there: remove those of other files, say what there is, write data.json."""
+    for path in [*out.glob(".*.safetensors.*.tmp"), *shard_paths(out)]:      # .tmp: of a kill
+        if path.stem not in names:
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.stem}.scores.safetensors").unlink(missing_ok=True)
+    pairs, longest, words = 0, 0, set()
+    for shard in map(Shard, shard_paths(out)):
+        said, pairs = shard.metadata, pairs + shard.pairs
+        report.usable += shard.rows
+        report.left_out.update(said["left_out"])
+        for kind, (count, first) in said["notes"].items():
+            report.note(kind, first, count)
+        for caption in shard.captions if info["kind"] == "pixels" else ():
+            split = split_words(caption)
+            longest = max(longest, len(split))
+            words.update(split)
+    report.show(sources)
+    if info["kind"] == "pixels":
+        info = info | dict(words=sorted(words), longest=longest)
+    write_info(out, info | dict(shards=len(names), samples=report.usable, pairs=pairs,
+                                left_out=report.left_out))
 
 
 # ---- the format ----------------------------------------------------------------------------------
 
+def ends_of(pieces: Sequence) -> np.ndarray:
+    """Where each piece ends, where they lie end to end: int64 (n,)."""
+    return np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+
+
+def span(ends: np.ndarray, i: int) -> tuple[int, int]:
+    """[first, last) of the i-th piece."""
+    return int(ends[i - 1]) if i else 0, int(ends[i])
+
+
+BIG = {"pixels", "mean", "std", "text"}       # columns that are read, and verified, row by row
+
+
 def pack(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Texts → their UTF-8 bytes end to end, uint8, and where each ends, int64 (n,)."""
     encoded = [text.encode() for text in texts]
-    ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-    return np.frombuffer(b"".join(encoded), np.uint8), ends
+    return np.frombuffer(b"".join(encoded), np.uint8), ends_of(encoded)
 
 
 def unpack(content: np.ndarray, ends: np.ndarray) -> list[str]:
     """The inverse of pack."""
-    whole, starts = content.tobytes(), [0, *ends.tolist()]
-    return [whole[first:last].decode() for first, last in zip(starts, starts[1:])]
+    return [content[slice(*span(ends, i))].tobytes().decode() for i in range(len(ends))]
 
 
 def write_shard(path: Path, columns: dict[str, np.ndarray], **metadata) -> None:
-    """One file of DATA, whole or not at all; equal shards are equal bytes. Added to its metadata:
-    rows, pairs, a digest of keys, captions and pictures, each channel's sum and sum of squares."""
-    pictures = columns["pixels" if "pixels" in columns else "mean"]
-    content = hashlib.sha256()
-    for name in ("keys", "key_ends", "captions", "caption_ends", "pair_ends"):
-        content.update(np.ascontiguousarray(columns[name]).tobytes())
-    content.update(np.ascontiguousarray(pictures).tobytes())
-    sums, squares = np.zeros(pictures.shape[1]), np.zeros(pictures.shape[1])     # (C,) each
-    for row, picture in enumerate(pictures):
-        x = picture.astype(np.float64)                                           # (C, S, S)
-        sums += x.sum((1, 2))
-        squares += np.square(x).sum((1, 2))
-        if "std" in columns:             # a latent is drawn: its variance is the sum of two
-            squares += np.square(columns["std"][row].astype(np.float64)).sum((1, 2))
-    metadata |= dict(rows=len(pictures), pairs=len(columns["caption_ends"]), sums=sums.tolist(),
-                     squares=squares.tolist(), digest=content.hexdigest()[:16])
-    header = {"miro": json.dumps(metadata)}      # one key: safetensors shuffles several
+    """One file of DATA, whole or not at all; equal shards are equal bytes. Added: a column of sums
+    for each of BIG; and to the metadata rows, pairs, a digest of keys, captions and pictures, each
+    channel's sum and sum of squares, and "digests" of all columns that are not BIG."""
     columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    pictures, content = columns["pixels" if "pixels" in columns else "mean"], hashlib.sha256()
+    for name in ("keys", "key_ends", "captions", "caption_ends", "pair_ends"):
+        content.update(columns[name].tobytes())
+    content.update(pictures.tobytes())
+    squares = sum(np.einsum("nchw,nchw->c", x, x, dtype=np.float64)              # (C,)
+                  for x in (pictures, columns.get("std")) if x is not None)    # std: x_0 is drawn
+    for name in BIG.intersection(columns):
+        parts = columns[name]
+        if name == "text":
+            parts = [parts[slice(*span(columns["text_ends"], i))]
+                     for i in range(len(columns["text_ends"]))]
+        columns[f"{name}_sums"] = np.array([word_sum(part) for part in parts], np.uint64)
+    metadata |= dict(rows=len(pictures), pairs=len(columns["caption_ends"]),
+                     sums=pictures.sum((0, 2, 3), dtype=np.float64).tolist(),
+                     squares=squares.tolist(), digest=content.hexdigest()[:16],
+                     digests={name: array_digest(columns[name]) for name in columns
+                              if name not in BIG})
+    header = {"miro": seal(metadata)}            # one key: safetensors shuffles several
     write_whole(path, lambda temporary: save_file(columns, temporary, header))
+
+
+def word_sum(x: np.ndarray) -> int:
+    """The sum of an array's bytes, eight at a time, modulo 2^64: no flipped bit keeps it, and it
+    costs a tenth of what a checksum does."""
+    content = np.frombuffer(x.tobytes() + bytes(-x.nbytes % 8), np.uint64)
+    return int(content.sum(dtype=np.uint64))
+
+
+def array_digest(x: np.ndarray) -> str:
+    """16 hex digits of an array's bytes."""
+    return hashlib.sha256(x.tobytes()).hexdigest()[:16]
 
 
 def write_info(folder: Path, info: dict) -> None:
@@ -812,59 +783,80 @@ def write_info(folder: Path, info: dict) -> None:
 
 def shard_paths(folder: Path) -> list[Path]:
     """The shards of DATA, by name."""
-    return sorted(path for path in Path(folder).glob("*.safetensors")
-                  if not path.name.endswith(".scores.safetensors") and path.name[0] != ".")
+    return sorted(path for path in Path(folder).glob("[!.]*.safetensors")
+                  if not path.name.endswith(".scores.safetensors"))
 
 
 class Shard:
     """One file of DATA; columns are read when asked for. UserError: it is damaged, or no shard."""
 
     def __init__(self, path: Path):
-        self.path, self.name, self.opened, self.known = Path(path), Path(path).stem, None, {}
+        self.path, self.name = Path(path), Path(path).stem
         notes = self.metadata
         self.rows, self.pairs, self.digest = notes["rows"], notes["pairs"], notes["digest"]
 
     def close(self) -> None:
-        """Give the file and all that was kept back; it comes again when it is asked for."""
-        self.opened, self.known = None, {}
+        """Give back the file and all that is kept of it; it comes again when it is asked for."""
+        for name in ("file", "files", "ends"):
+            self.__dict__.pop(name, None)
 
-    def __getstate__(self):                       # a started worker process opens the file anew
-        return self.__dict__ | dict(opened=None)
+    def __getstate__(self) -> dict:               # a started worker process opens the file anew
+        self.close()
+        return self.__dict__
 
-    @property
+    @cached_property
     def file(self):
         """The mapped file."""
-        if self.opened is None:
-            try:
-                self.opened = safe_open(self.path, "np")
-                if "miro" not in (self.opened.metadata() or {}):
-                    raise SafetensorError("it is no shard of DATA")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.path} cannot be read ({first_line(error)}): import again, "
-                                "or name another folder") from error
-        return self.opened
+        try:
+            return safe_open(self.path, "np")
+        except (OSError, SafetensorError) as error:
+            raise self.damaged(error) from error
+
+    def damaged(self, why: BaseException | str) -> UserError:
+        """The sentence for a file that is not as it was written."""
+        return UserError(f"{self.path} cannot be read ({first_line(why)}): import again, or name "
+                         "another folder")
 
     @property
     def metadata(self) -> dict:
         """What `write_shard` was told, and added."""
-        return json.loads(self.file.metadata()["miro"])
+        try:
+            return unseal(json.loads(self.file.metadata()["miro"]))
+        except (TypeError, LookupError, ValueError) as error:
+            raise self.damaged("it is no shard of DATA, or damaged") from error
 
-    def read(self, column: str, first: int | None = None, last: int | None = None) -> np.ndarray:
+    def read(self, column: str, first: int = 0, last: int | None = None) -> np.ndarray:
         """Rows [first, last) of a column; all of it without them."""
-        if first is None:
-            return self.file.get_tensor(column)
-        return self.file.get_slice(column)[first:last]
+        try:
+            return self.file.get_slice(column)[first:last]
+        except SafetensorError as error:
+            raise self.damaged(error) from error
 
-    def ends(self, name: str) -> np.ndarray:
-        """Where the pairs of each sample, or the caption or text of each pair, end: int64."""
-        if name not in self.known:
-            self.known[name] = self.read(f"{name}_ends")
-        return self.known[name]
+    def row(self, column: str, row: int) -> np.ndarray:
+        """A row of one of BIG; of text the states of one pair's caption: float16 (L, E)."""
+        first, last = span(self.ends["text_ends"], row) if column == "text" else (row, row + 1)
+        values = self.read(column, first, last)
+        if word_sum(values) != self.ends[f"{column}_sums"][row]:
+            raise self.damaged(f"{column} {row} is damaged")
+        return values if column == "text" else values[0]
+
+    @cached_property
+    def ends(self) -> dict[str, np.ndarray]:
+        """Where each piece of the columns that lie end to end ends, int64; and the sums of rows.
+        When they are read all columns that are not BIG are verified."""
+        kept = {}
+        for name, digest_then in self.metadata["digests"].items():
+            column = self.read(name)
+            if array_digest(column) != digest_then:
+                raise self.damaged(f"{name} is damaged")
+            if name.endswith(("_ends", "_sums")):
+                kept[name] = column
+        return kept
 
     @property
     def pair_ends(self) -> np.ndarray:
         """Where the pairs of each sample end: int64 (n,)."""
-        return self.ends("pair")
+        return self.ends["pair_ends"]
 
     @property
     def owners(self) -> np.ndarray:
@@ -874,31 +866,30 @@ class Shard:
     @property
     def keys(self) -> list[str]:
         """The samples' names."""
-        return unpack(self.read("keys"), self.read("key_ends"))
+        return unpack(self.read("keys"), self.ends["key_ends"])
 
     @property
     def captions(self) -> list[str]:
         """The caption of each pair."""
-        return unpack(self.read("captions"), self.read("caption_ends"))
+        return unpack(self.read("captions"), self.ends["caption_ends"])
 
     def caption(self, pair: int) -> str:
         """The caption of one pair."""
-        return self.read("captions", *span(self.ends("caption"), pair)).tobytes().decode()
+        return self.read("captions", *span(self.ends["caption_ends"], pair)).tobytes().decode()
 
-    def text(self, pair: int) -> np.ndarray:
-        """The states of one pair's caption: float16 (L, E)."""
-        return self.read("text", *span(self.ends("text"), pair))
+    @cached_property
+    def files(self) -> list[list]:
+        """The files that `place` counts, as `file_of` has them; none of shapes.py's pictures."""
+        return self.metadata.get("files", [])
 
     def image(self, row: int) -> bytes | None:
-        """The encoded picture of a sample from SOURCE; None: it never was in a file (shapes.py's).
+        """The encoded picture of a sample from SOURCE; None: it never was in a file.
         UserError: the file is gone, or another one since it was imported."""
-        if "files" not in self.known:
-            self.known["files"] = self.metadata.get("files")
-        if not self.known["files"]:
+        if not self.files:
             return None
         number, offset, length = self.read("place", row, row + 1)[0].tolist()
-        file = self.known["files"][number]
-        if list(file_of(file[0])) != file:
+        file = self.files[number]
+        if not os.path.isfile(file[0]) or list(file_of(file[0])) != file:
             raise UserError(f"{file[0]} has changed since {self.path} was made from it: import "
                             "again")
         return read_part((file, offset, length))
@@ -906,15 +897,10 @@ class Shard:
     def picture(self, row: int, size: int) -> np.ndarray:
         """A sample as uint8 (3, size, size): its pixels, or the picture in SOURCE cut to it."""
         if "pixels" in self.file.keys():
-            pixels = self.read("pixels", row, row + 1)[0]
+            pixels = self.row("pixels", row)
             if pixels.shape[1] == size:
                 return pixels
         return square(self.image(row), size)
-
-
-def span(ends: np.ndarray, i: int) -> tuple[int, int]:
-    """[first, last) of the i-th piece, where pieces lie end to end."""
-    return int(ends[i - 1]) if i else 0, int(ends[i])
 
 
 class Data:
@@ -937,11 +923,7 @@ class Data:
                             "the command that made it again")
         self.rows = sum(shard.rows for shard in self.shards)
         self.pairs = sum(shard.pairs for shard in self.shards)
-
-    @property
-    def channels(self) -> int:
-        """Of x_0: 3 of pixels, those of the VAE of latents."""
-        return len(self.shards[0].metadata["sums"])
+        self.channels = len(self.shards[0].metadata["sums"])          # of x_0
 
     def mean_std(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of all of x_0, a channel: float64 (C,) each."""
@@ -968,40 +950,32 @@ class Order:
 
     def __init__(self, counts: Sequence[int], seed: int, window: int = 64):
         self.counts, self.seed, self.window = np.array(counts, np.int64), seed, window
-        self.known = {}                                # the last windows: shard and row, shuffled
-
-    def __len__(self) -> int:
-        return int(self.counts.sum())
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions int64 (b,) → the shard and its row at each, int64 (b,)."""
-        shard, row = np.empty_like(positions), np.empty_like(positions)
-        epochs, inside = np.divmod(positions, len(self))
-        for epoch in np.unique(epochs).tolist():
-            shards = permutation(len(self.counts), self.seed, epoch)
-            firsts = np.arange(0, len(shards), self.window)
-            ends = np.cumsum(np.add.reduceat(self.counts[shards], firsts))       # of windows
-            windows = np.searchsorted(ends, inside, side="right")
-            for number in np.unique(windows[epochs == epoch]).tolist():
-                here = (epochs == epoch) & (windows == number)
-                first = ends[number - 1] if number else 0
-                mine = shards[firsts[number]:firsts[number] + self.window]
-                shuffled = self.rows_of(epoch, number, mine)
-                shard[here], row[here] = shuffled[:, inside[here] - first]
-        return shard, row
+        found = np.empty((2, len(positions)), np.int64)
+        epochs, inside = np.divmod(positions, self.counts.sum())
+        for i, (epoch, place) in enumerate(zip(epochs.tolist(), inside.tolist())):
+            _, ends = self.windows(epoch)
+            number = int(np.searchsorted(ends, place, side="right"))
+            found[:, i] = self.rows_of(epoch, number)[:, place - span(ends, number)[0]]
+        return found[0], found[1]
 
-    def rows_of(self, epoch: int, number: int, shards: np.ndarray) -> np.ndarray:
+    @lru_cache(maxsize=2)                              # two: a batch may span the end of one
+    def windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of an epoch, shuffled, and where its windows end: int64 each."""
+        shards = permutation(len(self.counts), self.seed, epoch)
+        firsts = np.arange(0, len(shards), self.window)
+        return shards, np.cumsum(np.add.reduceat(self.counts[shards], firsts))
+
+    @lru_cache(maxsize=2)
+    def rows_of(self, epoch: int, number: int) -> np.ndarray:
         """The rows of one window, shuffled: shard and row, int32 (2, n)."""
-        if (epoch, number) not in self.known:
-            while len(self.known) > 1:                 # two: a batch may span the end of one
-                del self.known[next(iter(self.known))]
-            counts = self.counts[shards]
-            starts = np.cumsum(counts) - counts
-            shard = np.repeat(shards, counts).astype(np.int32)
-            row = (np.arange(len(shard)) - np.repeat(starts, counts)).astype(np.int32)
-            order = permutation(len(shard), self.seed, epoch, 1 + number)    # 0 is the shards' own
-            self.known[epoch, number] = np.stack([shard, row])[:, order]
-        return self.known[epoch, number]
+        shards = self.windows(epoch)[0][number * self.window:(number + 1) * self.window]
+        counts = self.counts[shards]
+        rows = np.concatenate([np.arange(count) for count in counts])
+        order = permutation(len(rows), self.seed, epoch, 1 + number)         # 0 is the shards' own
+        return np.stack([np.repeat(shards, counts), rows]).astype(np.int32)[:, order]
 
 
 # ---- words as vectors ----------------------------------------------------------------------------
@@ -1037,10 +1011,8 @@ class Words:
     def __init__(self, vocabulary: Sequence[str], dim: int = 64, length: int = 16):
         assert dim % 4 == 0, dim
         self.vocabulary, self.dim, self.length = tuple(vocabulary), dim, length
-        self.index = {word: i for i, word in enumerate(self.vocabulary, 1)}
-        # Row 0 is "", the one token of the empty prompt.
-        digests = b"".join(hashlib.shake_256(word.encode()).digest(dim // 2)
-                           for word in ("", *self.vocabulary))
+        self.index = {word: i for i, word in enumerate(("", *vocabulary))}   # "": an empty prompt's
+        digests = b"".join(hashlib.shake_256(word.encode()).digest(dim // 2) for word in self.index)
         values = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, dim // 2)
         self.words = (values - 127.5) / ((256 ** 2 - 1) / 12) ** 0.5              # (V+1, dim/2)
         frequency = 100.0 ** (-torch.arange(dim // 4) / (dim // 4))   # captions are short: not 10^4
@@ -1061,13 +1033,9 @@ class Words:
             if len(words) > self.length:
                 raise UserError(f"{printable(prompt)!r} has {len(words)} words; shorten it to "
                                 f"{self.length}")
-            token = torch.tensor([self.index[word] for word in words] or [0])    # (L,)
+            token = torch.tensor([self.index[word] for word in words or [""]])     # (L,)
             found.append(torch.cat([self.words[token], self.positions[:len(token)]], 1))
         return found
-
-    def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text (B, L, dim), text_mask (B, L) bool, True = token; L the longest prompt's."""
-        return pad(self.states(prompts))
 
     def free(self) -> None:
         """Nothing: there are no weights (T5 has some)."""
@@ -1091,11 +1059,12 @@ def loading(what: str, source: str, flag: str) -> Iterator[None]:
                         f"{flag} ({first_line(error)})") from error
 
 
-def whole(network: torch.nn.Module, found: dict) -> torch.nn.Module:
-    """A network, frozen. ValueError: a weight is missing, and would be left to chance."""
+def frozen(network: type, source: str, **options) -> torch.nn.Module:
+    """A network of a library. ValueError: a weight is missing, and would be left to chance."""
+    model, found = network.from_pretrained(source, output_loading_info=True, **options)
     if found["missing_keys"]:
         raise ValueError(f"it has no {min(found['missing_keys'])}")
-    return network.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 class T5:
@@ -1115,8 +1084,7 @@ class T5:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         with loading("text encoder", self.source, "--text-encoder"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-            model = whole(*T5EncoderModel.from_pretrained(self.source, dtype=dtype,
-                                                          output_loading_info=True))
+            model = frozen(T5EncoderModel, self.source, dtype=dtype)
             words, room, width = len(self.tokenizer), model.config.vocab_size, model.config.d_model
             if not room - 128 <= words <= room:     # without its files transformers makes one up
                 raise ValueError(f"its tokenizer has {words} tokens and its table {room} rows")
@@ -1129,21 +1097,17 @@ class T5:
         """The states (L, dim) of each prompt, float32 on the CPU, L its tokens, at most `length`:
         longer prompts are cut, and <PERSON>, a name taken out, is left out, as in the release."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        if new and self.model is None:
+            self.load()
         for first in range(0, len(new), 32):
-            if self.model is None:
-                self.load()
-            part = new[first:first + 32]
-            plain = [prompt.replace("<PERSON>", "") for prompt in part]
-            tokens = self.tokenizer(plain, padding=True, truncation=True, max_length=self.length,
+            part = [prompt.replace("<PERSON>", "") for prompt in new[first:first + 32]]
+            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=self.length,
                                     return_tensors="pt").to(self.device)
             states = self.model(**tokens).last_hidden_state.float().cpu()        # (b, L, dim)
             lengths = tokens["attention_mask"].sum(1).tolist()
-            self.known |= {p: states[i, :n].clone() for i, (p, n) in enumerate(zip(part, lengths))}
+            for prompt, state, length in zip(new[first:first + 32], states, lengths):
+                self.known[prompt] = state[:length].clone()
         return [self.known[prompt] for prompt in prompts]
-
-    def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text (B, L, dim) float32, text_mask (B, L) bool, True = token; L the longest prompt's."""
-        return pad(self.states(prompts))
 
     def free(self) -> None:
         """Give the memory back; the next new prompt loads again."""
@@ -1168,13 +1132,8 @@ class VAE:
         from diffusers import AutoencoderKL
         if self.model is None:
             with loading("VAE", self.source, "--vae"):       # low_cpu_mem_usage needs accelerate
-                self.model = whole(*AutoencoderKL.from_pretrained(
-                    self.source, output_loading_info=True, low_cpu_mem_usage=False))
+                self.model = frozen(AutoencoderKL, self.source, low_cpu_mem_usage=False)
         self.model.to(self.device)
-
-    def move(self, device: torch.device) -> None:
-        """Compute there from now on."""
-        self.device = device
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1211,29 +1170,32 @@ def encoder_of(config: dict) -> Words | T5:
 
 def main() -> None:
     """The command line: bring pictures in."""
-    parser = argparse.ArgumentParser(description="Bring pictures and captions into DATA")
+    parser = Parser(description="Bring pictures and captions into DATA")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what, size in (("import", "pictures as they are, cut to squares", 32),
                              ("encode", "their VAE latents and the T5 states of captions", 256)):
         add = commands.add_parser(name, help=what).add_argument
         add("sources", nargs="+", metavar="SOURCE", help="tar, folder of tars, or of pictures")
         add("data", metavar="DATA", help="folder to write")
-        add("--size", type=int, default=size, help="side in pixels")
+        add("--size", type=between(int, 1), default=size, help="side in pixels")
         add("--first-line", action="store_true", help="a caption is the first line of its .txt")
         add("--dry-run", action="store_true", help="write nothing, and say what is there")
     add("--vae", default=VAE.SOURCE, help="folder or hub id of an AutoencoderKL")
     add("--text-encoder", default=T5.SOURCE, help="folder or hub id of a T5")
-    add("--length", type=int, default=256, help="tokens, then texts are cut")
+    add("--length", type=between(int, 1), default=256, help="tokens, then texts are cut")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="PIL")    # of broken notes in pictures; pixels count
-    if args.size < 1 or args.command == "encode" and args.size % 8:
-        raise UserError(f"--size {args.size}: it is at least 1, and of encode a multiple of 8, as "
-                        "the VAE halves a picture three times")
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.command == "encode" and args.size % 8:
+        raise UserError(f"--size {args.size}: of encode it is a multiple of 8")
     vae = encoder = None
     if args.command == "encode" and not args.dry_run:
-        vae, encoder = VAE(args.vae), T5(args.text_encoder, length=args.length)
+        vae_source, text_source = (os.path.abspath(source) if os.path.isdir(source) else source
+                                   for source in (args.vae, args.text_encoder))  # else: hub ids
+        vae, encoder = VAE(vae_source), T5(text_source, length=args.length)
         vae.device = encoder.device = best_device()
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not args.dry_run:
+        hold(make_folder(args.data), rank=rank, ranks=ranks)
     if import_pictures(args.sources, args.data, args.size, rank, ranks, args.first_line, vae,
                        encoder, args.dry_run):
         print(f"next: python rewards.py {shlex.quote(args.data)}")

@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import shapes
-from data import (BROKEN, MAX_LEFT_OUT, MAX_PIXELS, Data, Parser, Shard, UserError, best_device,
-                  between, decode, first_line, hold, printable, read_json, refuse_too_many, run,
-                  seal, to_rgb, unseal, write_whole)
+from data import (BROKEN, MAX_LEFT_OUT, MAX_PIXELS, Data, Parser, Shard, UserError, array_digest,
+                  best_device, between, decode, first_line, hold, printable, read_json,
+                  refuse_too_many, run, seal, to_rgb, unseal, write_whole)
 from shapes import ANALYTIC
 
 
@@ -245,20 +245,15 @@ def columns_of(shard: Shard, names: Sequence[str], digests: dict) -> dict[str, n
     with safe_open(scores_path(shard), "np") as file:
         for name in names:
             columns[name] = file.get_tensor(name) if name in file.keys() else np.empty(0)
-            if column_digest(columns[name]) != digests[name]:
+            if array_digest(columns[name]) != digests[name]:
                 raise damaged(scores_path(shard), ValueError(f"{name} is damaged"))
     return columns
-
-
-def column_digest(column: np.ndarray) -> str:
-    """16 hex digits of a column."""
-    return hashlib.sha256(column.tobytes()).hexdigest()[:16]
 
 
 def write_scores(shard: Shard, columns: dict, scorers: dict, failed: dict) -> None:
     """The file of a shard: {name: column (P,)}, {name: version}, {name: {row: why}}."""
     notes = dict(shard=shard.digest, scorers=scorers, failed=failed,
-                 digests={name: column_digest(column) for name, column in columns.items()})
+                 digests={name: array_digest(column) for name, column in columns.items()})
     write_whole(scores_path(shard), lambda path: safetensors.numpy.save_file(
         columns, path, {"miro": seal(notes)}))      # one key: safetensors shuffles several
 

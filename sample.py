@@ -78,7 +78,8 @@ def load(checkpoint, device=None, variant: str | None = None, text_encoder: str 
             raise UserError(f"{weights_file} is damaged, or not that of {file}: copy both again")
         network = Config(**config["network"])
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        raise UserError(f"{file}: {type(error).__name__}: {first_line(error)}") from error
+        raise UserError(f"{file} cannot be read ({type(error).__name__}: {first_line(error)}): "
+                        "copy it again") from error
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"{weights_file} has weights that are not finite: take an earlier one")
     config["vae"] = vae or config["vae"]
@@ -193,7 +194,7 @@ def pictures(model: Model, prompts, targets=None, negative=None, seeds=None, gui
         raise UserError("the pictures are not finite: lower --guidance, pass --precision fp32, or "
                         "take an earlier checkpoint")
     if model.vae is not None:
-        model.vae.move(device)
+        model.vae.device = device
         return model.vae.decode(x)                                               # (B, 3, 8 S, 8 S)
     return x.round().clamp(0, 255).to(torch.uint8)                               # (B, 3, S, S)
 

@@ -315,13 +315,13 @@ class Batches(torch.utils.data.Dataset):
         withheld = rng.random(len(raw)) < args.reward_dropout
         empty = empty < args.text_dropout
         if self.data.kind == "latents":
-            mean, std = (shard.read(name, row, row + 1)[0].astype(np.float32)
-                         for name in ("mean", "std"))                # x_0 is drawn from the VAE's
+            mean, std = (shard.row(name, row).astype(np.float32)     # x_0 is drawn from the VAE's
+                         for name in ("mean", "std"))
             noise = stream(args.seed, "latents", position).standard_normal(self.shape)
             x_0 = mean + std * noise.astype(np.float32)
-            text = torch.from_numpy(shard.read("empty") if empty else shard.text(pair))
+            text = torch.from_numpy(shard.read("empty") if empty else shard.row("text", pair))
         else:
-            x_0 = shard.read("pixels", row, row + 1)[0].astype(np.float32)
+            x_0 = shard.row("pixels", row).astype(np.float32)
             [text] = self.encoder.states(["" if empty else shard.caption(pair)])
         return x_0, eps, raw, withheld, text, (normal, coin)
 

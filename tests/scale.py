@@ -167,7 +167,7 @@ def write_tars(folder: Path, source: Path) -> None:
         with tarfile.open(folder / f"{shard.name}.tar", "w") as tar:
             for row, (key, caption) in enumerate(zip(shard.keys, shard.captions)):
                 arrays = {"mean256": shard.read("mean", row, row + 1)[0],
-                          "std256": shard.read("std", row, row + 1)[0], "text0": shard.text(row)}
+                          "std256": shard.read("std", row, row + 1)[0], "text0": shard.row("text", row)}
                 contents = {"png": b"", "txt": caption.encode()}
                 for name, array in arrays.items():
                     buffer = io.BytesIO()

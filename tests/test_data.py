@@ -208,7 +208,7 @@ def test_captions_are_the_txt_or_else_caption_and_then_the_lists_of_the_json(tmp
         ("b.png", A), *sample("a"), ("c.json", b'[{"box": 1}]'), *sample("c", caption="🐶")])
     assert captions(tmp_path / "out", source) == {
         "t/a": ["a a", "second"], "t/b": ["one", "made"], "t/c": ["\U0001f436"]}
-    assert "note: captions without a word, beside others that stay: 1\n" in capsys.readouterr().out
+    assert "note: captions without a word: 2, the first is t/a\n" in capsys.readouterr().out
 
 
 BAD_FILES = {
@@ -264,7 +264,7 @@ def test_links_in_a_tar_are_the_bytes_they_lead_to(tmp_path, lax, capsys):
         "t/d/b": "two", "t/x/a": "one", "t/d/c": "one", "t/e": "e"}
     assert all(np.array_equal(picture, noise(5)) for _, picture, _ in found.values())
     out = capsys.readouterr().out
-    assert "t/f: a link to what is no file in the tar: /etc/hostname; put the file itself" in out
+    assert "t/f: a link to what is no file in the tar: /etc/hostname\n" in out
     assert "t/g: a link" in out and "t/h: no regular file" in out and "7 found = 4 usable" in out
 
 
@@ -290,6 +290,7 @@ def test_damage_to_a_tar_is_named_with_its_byte(tmp_path):
 @pytest.mark.parametrize("make, key", [
     (lambda at: tar(at / "x.tar", sample("a") + sample("b") + [("a.jpg", b"?")]), "a"),
     (lambda at: tar(at / "x.tar", sample("v1") + [("v1.2.png", b"?")]), "v1"),
+    (lambda at: tar(at / "x.tar", sample("a") + sample("a", 1)), "a.png"),
     (lambda at: folder(at / "f", PAIR | {"metadata.csv": CSV + "./a.png,b"}), "a.png")])
 def test_a_key_that_is_there_twice_is_an_error(make, key, tmp_path):
     with pytest.raises(UserError, match=f"'(./)?{key}'.*(rename it|a second time; give all)"):
@@ -300,14 +301,15 @@ def test_names_match_in_any_spelling_of_accents_and_in_the_folder_said(tmp_path,
     nfc, nfd = unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")
     named = folder(tmp_path / "n", {f"{nfd}.png": A, "0.png": B, "metadata.jsonl": "\n".join(
         json.dumps(dict(file_name=name, text="a")) for name in (
-            f"{nfc}.png", "img\\0.png", "train/0.png"))})
+            f"{nfc}.png", "img\\0.png", "train/0.png", f"../s/{nfc}.png", f"{tmp_path}/s/{nfc}.png",
+            "b\0", "\ud800"))})
     stems = folder(tmp_path / "s", {f"{nfd}.png": A, f"{nfc}.txt": "accent"})
     packed = tar(tmp_path / "t.tar", [(f"{nfd}.png", A), (f"{nfc}.txt", b"accent")])
     assert captions(tmp_path / "out", named, stems, packed) == {
         f"n-00000/{nfc}.png": ["a"], f"s-00000/{nfc}": ["accent"], f"t/{nfc}": ["accent"]}
     out = capsys.readouterr().out
-    assert f"no such file: train/0.png in {named}" in out
-    assert f"no such file: img\\0.png in {named}" in out and f"the first is {named}/0.png" in out
+    assert f"no such file: train/0.png in {named}" in out and out.count("no such file: ") == 6
+    assert f"no such file: img\\0.png in {named}" in out and f"1, the first is {named}/0.png" in out
 
 
 def test_only_regular_files_are_opened(tmp_path, lax, capsys):
@@ -322,9 +324,9 @@ def test_only_regular_files_are_opened(tmp_path, lax, capsys):
     assert [*captions(tmp_path / "out", source)] == [
         "f-00000/good", "f-00000/inside", "f-00000/out"]
     out = capsys.readouterr().out
-    assert "note: not read, no regular file: 4\n" in out and "note: not read, .txt: 3\n" in out
+    assert "note: not read, no regular file: 4, " in out and "note: not read, .txt: 3, " in out
     os.mkfifo(tmp_path / "p.tar")
-    with pytest.raises(UserError, match="p.tar cannot be read .no regular file"):
+    with pytest.raises(UserError, match="p.tar is no file and no folder: give"):
         bring(tmp_path / "out2", tmp_path / "p.tar")
 
 
@@ -341,20 +343,18 @@ def test_what_is_not_read_is_counted_and_named_with_the_fix(tmp_path, capsys):
             ".png": "t/loose.png", ".jsonl": "p/train/metadata.jsonl", ".csv": "p/captions.csv",
             ".parquet": "t/metadata.parquet", ".npy": "t/0.tar/b.npy",
             "others": "p/LICENSE"}.items():
-        assert f"note: not read, {ending}: the first is {tmp_path}/{first}\n" in out
-        assert f"note: not read, {ending}: {1 + (ending == '.tar')}\n" in out
-    assert f"note: {data.READ}\n2 found = 2 usable + 0 left out\n" in out
+        count = 1 + (ending == ".tar")
+        assert f"note: not read, {ending}: {count}, the first is {tmp_path}/{first}\n" in out
+    assert out.endswith("2 found = 2 usable + 0 left out (none)\n")
 
 
 @pytest.mark.parametrize("name, content, said", [
     ("metadata.jsonl", '{"file_name": "a.png", "text": "a"}\n{half', "near record 1: Expecting"),
-    ("metadata.jsonl", '{"text": "b"}', "near record 1: its file_name None is no .* it has text;"),
-    ("metadata.csv", "file_name;text\na.png;a", "file_name None .*; it has file_name;text"),
+    ("metadata.jsonl", '{"text": "b"}', "near record 1: no file_name"),
+    ("metadata.jsonl", '["b"]', "near record 1: no file_name"),
+    ("metadata.csv", "file_name;text\na.png;a", "near record 1: no file_name"),
     ("metadata.csv", "file_name,text\na.png,red, and blue", "a comma that is not in quotes"),
-    ("metadata.csv", b"file_name,text\na.png,caf\xe9", "'utf-8' codec"),
-    *(("metadata.csv", f"file_name,text\na.png,a\n{path},b",
-       f"near record 2: its file_name '{path}' is no file in the folder")
-      for path in ("../b.png", "/b.png", "in/../../b.png"))])
+    ("metadata.csv", b"file_name,text\na.png,caf\xe9", "'utf-8' codec")])
 def test_a_broken_table_is_an_error_that_names_the_record(name, content, said, tmp_path):
     folder(tmp_path, {"b.png": A, "f/a.png": A, f"f/{name}": content})
     with pytest.raises(UserError, match=f"{name}, .*{said}"):
@@ -365,7 +365,7 @@ def test_a_long_caption_is_said_and_the_first_line_can_be_taken(tmp_path, capsys
     source = folder(tmp_path / "f", dict(sample("a")) | {"b.png": B, "b.txt": "\ufeff\na cat\n" + (
         "de.utf8=eine Katze\n" * 40)})
     assert len(bring(tmp_path / "out", source)["f-00000/b"][0][0].splitlines()) == 41
-    assert "): the first is f-00000/b, 162 words in 41 lines\n" in capsys.readouterr().out
+    assert "): 1, the first is f-00000/b\n" in capsys.readouterr().out
     assert captions(tmp_path / "out", source, one_line=True)["f-00000/b"] == ["a cat"]
 
 
@@ -387,7 +387,6 @@ def test_a_dry_run_writes_nothing_and_says_the_same(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     import_pictures(sources, tmp_path / "out", 16)
     assert capsys.readouterr().out == dry
-    assert "note: pictures smaller than --size, which are enlarged: 2\n" in dry
 
 
 def stamps(out) -> dict:
@@ -413,7 +412,7 @@ def test_shards_stay_are_made_anew_and_go_with_their_files(tmp_path, monkeypatch
     assert {*stamps(out)} == {"f-00000.safetensors", "f-00001.safetensors", "data.json"}
     assert stamps(out)["f-00000.safetensors"] == before["f-00000.safetensors"]
     for sources, size, said in (([source], 9, "out was made with size 8, not 9: ask for the same"),
-                                ([one, one], 8, "one.tar and another would both become the shard")):
+                                ([one, one], 8, "2 tars or folders would become the shard one")):
         with pytest.raises(UserError, match=said):
             import_pictures(sources, out, size)
 

@@ -25,7 +25,8 @@ import rewards
 import sample
 import shapes
 import train
-from data import VAE, Data, Shard, UserError, stream, write_info, write_shard, write_whole
+from data import (VAE, Data, Shard, UserError, stream, write_info, write_shard,
+                  write_whole)
 
 CPU = torch.device("cpu")
 EIGHT = ["--steps", 8, "--save-every", 2, "--log-every", 2]          # as the checkpoint was made
