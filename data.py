@@ -218,7 +218,7 @@ def read_json(path: Path, sealed: bool = True) -> dict:
 def seal(content: dict) -> str:
     """JSON with 16 hex digits of its content, as `unseal` checks it."""
     content = json.loads(json.dumps(content))
-    return json.dumps(content | {"seal": digest(content)}, ensure_ascii=False)
+    return json.dumps(content | {"seal": digest(content)})
 
 
 def unseal(found: dict) -> dict:

@@ -255,10 +255,11 @@ class Batches(torch.utils.data.Dataset):
         self.without = list(self.unscored)
         for shard, row in self.held_out:
             self.without[shard] = np.union1d(self.without[shard], [row])
-        self.order = Order([n - len(rows) for n, rows in zip(counts, self.without)], args.seed)
-        if not self.held_out or not len(self.order):
-            raise UserError(f"{data.path} has {len(self.order)} samples with all scores to train "
-                            f"on, {len(self.held_out)} to validate on: 1 of each is needed")
+        left = [n - len(rows) for n, rows in zip(counts, self.without)]
+        self.order = Order(left, args.seed)
+        if not self.held_out or not sum(left):
+            raise UserError(f"{data.path} has {sum(left)} samples with all scores to train on, "
+                            f"{len(self.held_out)} to validate on: 1 of each is needed")
 
     def digest(self) -> str:
         """16 hex digits of the samples and of those without scores: a run resumes on the same, and

@@ -24,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from safetensors.numpy import save_file
 
 import binning
 import data
@@ -72,18 +71,14 @@ def write_rows(folder: Path, rows: int, shards: int, side: int = 1, width: int =
 def write_scores(path: Path, columns: np.ndarray) -> None:
     """Random scores (7, P) of a shard."""
     scorers = dict.fromkeys(rewards.PAPER, "random")
-    digests = {reward: f"{path.stem} {reward}" for reward in rewards.PAPER}
-    shard = data.Shard(path)
-    save_file(dict(zip(rewards.PAPER, columns)), rewards.scores_path(shard), dict(
-        scorers=json.dumps(scorers), digests=json.dumps(digests), failed="{}",
-        shard=shard.digest))
+    rewards.write_scores(data.Shard(path), dict(zip(rewards.PAPER, columns)), scorers, {})
 
 
 def open_batches(folder: Path, rank: int, ranks: int, *flags: str) -> train.Batches:
     """What train.py's main does until its loop."""
     args, network = train.read_args(["--preset", "paper", "--data", str(folder), "--patch", "1",
                                      *flags])
-    found, bins = train.prepare(args, rank)
+    found, bins = train.prepare(args, network, rank)
     encoder = train.encoder_for(args, found)
     config = train.describe(args, network, found, bins, encoder)
     return train.Batches(args, config, found, bins, encoder, rank, ranks)
@@ -166,8 +161,8 @@ def write_tars(folder: Path, source: Path) -> None:
     for shard in data.Data(source).shards:
         with tarfile.open(folder / f"{shard.name}.tar", "w") as tar:
             for row, (key, caption) in enumerate(zip(shard.keys, shard.captions)):
-                arrays = {"mean256": shard.read("mean", row, row + 1)[0],
-                          "std256": shard.read("std", row, row + 1)[0], "text0": shard.row("text", row)}
+                arrays = {"mean256": shard.row("mean", row), "std256": shard.row("std", row),
+                          "text0": shard.row("text", row)}
                 contents = {"png": b"", "txt": caption.encode()}
                 for name, array in arrays.items():
                     buffer = io.BytesIO()

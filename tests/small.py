@@ -3,6 +3,7 @@
     python tests/small.py --write MODELS                                # writes them
     python tests/small.py DATA --rewards all --models MODELS ...        # is rewards.py, on them
 """
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -34,15 +35,16 @@ def write_all(folder: Path) -> None:
 
 
 def shrink() -> None:
-    """The sizes that stand in rewards.py and in no file, as the tests have them."""
+    """The sizes and the hash that stand in rewards.py and in no file, as the tests have them."""
     import test_jina
-    import test_networks  # noqa: F401 (tells open_clip what "small" is)
+    import test_networks
     import test_vqa
     rewards.HPSv2.MODEL = "small"
     rewards.ImageReward.VISION = test_vqa.SmallReward.VISION
     rewards.ImageReward.TEXT = test_vqa.SmallReward.TEXT
     rewards.JinaCLIP.IMAGE = test_jina.SmallJina.IMAGE
     rewards.JinaCLIP.TEXT = test_jina.SmallJina.TEXT
+    rewards.Aesthetic.SHA256 = hashlib.sha256(test_networks.head_file()).hexdigest()
 
 
 if __name__ == "__main__":

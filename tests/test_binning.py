@@ -1,6 +1,4 @@
 """binning.py: what a level means, whatever the scores look like, and what a bins.json may hold."""
-import json
-
 import numpy as np
 import pytest
 from conftest import run
@@ -9,7 +7,7 @@ import binning
 import rewards
 import shapes
 from binning import Bins, bin_dataset, fingerprint, fit, load
-from data import Data, UserError
+from data import Data, UserError, write_json
 
 RNG = np.random.default_rng
 
@@ -95,20 +93,16 @@ def test_columns_do_not_mix_and_scores_beyond_the_fitted_range_clamp_to_the_end_
         assert np.array_equal(fitted.select(fitted.names[r:r + 1]).to_target(raw[:, [r]]), alone)
 
 
-@pytest.mark.parametrize("part, value", [
-    ("names", ["a", "a"]), ("names", None), ("edges", [[1.0, 2.0], [3.0, 2.0]]),
-    ("edges", [1.0, 2.0]), ("edges", [[1.0, 2.0], [3.0]]), ("edges", [[1.0]]),
-    ("edges", [[1.0, 2.0], [3.0, float("nan")]]), ("high", [{}, {}]), ("low", 1.5),
-    ("low", [1.5, 0.0]), ("std", [1.0]), ("std", [1.0, -1.0])])
-def test_damaged_bins_end_in_one_sentence_that_names_the_file(tmp_path, part, value):
+def test_damaged_bins_end_in_one_sentence_that_names_the_file(tmp_path):
     config = {"names": ["a", "b"], "edges": [[1.0, 2.0], [3.0, 4.0]], "low": [0.0, 0.0],
               "high": [9.0, 9.0], "std": [1.0, 1.0], "digest": ""}
-    assert Bins.from_config(config).to_config() == config
-    for damaged in (config | {part: value}, {key: config[key] for key in config if key != part}):
-        (tmp_path / "bins.json").write_text(json.dumps(damaged))
-        with pytest.raises(UserError, match="write it again with python binning.py") as caught:
+    write_json(tmp_path / "bins.json", Bins.from_config(config).to_config())
+    assert load(tmp_path / "bins.json").to_config() == config
+    content = (tmp_path / "bins.json").read_text()
+    for damaged in (content.replace("2.0", "2.5"), content.replace("names", "name"), content[:-9]):
+        (tmp_path / "bins.json").write_text(damaged)
+        with pytest.raises(UserError, match=f"^{tmp_path}/bins.json cannot be read [^\n]*$"):
             load(tmp_path / "bins.json")
-        assert str(tmp_path / "bins.json") in str(caught.value) and "\n" not in str(caught.value)
 
 
 NAMES = ("alignment", "contrast")
@@ -184,5 +178,5 @@ def test_the_command_writes_bins_and_says_how_full_they_are(scored):
     bins = load(folder / "bins.json")
     assert code == 0 and bins.names == NAMES and bins.digest == fingerprint(folder, NAMES)
     assert bins.to_config() == fit(raw, NAMES, 4, bins.digest).to_config()
-    assert "the bins of 22 scored pairs" in printed and not list(folder.glob(".*"))
+    assert "the bins of 22 scored pairs" in printed and not list(folder.glob(".*.tmp"))
     assert "22.73 to 27.27 % in a bin, 0 of 4 empty\ncontrast " in printed            # 5, 6 of 22

@@ -1,7 +1,8 @@
 """evaluate.py on the embedded world: the benchmark, control, comparison of runs."""
+import errno
 import json
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import TINY, run, sentences
 import evaluate
 import sample
 import shapes
-from data import stream
+from data import read_json, stream, write_json
 from evaluate import MEASURES
 from shapes import ANALYTIC, TASKS, score_all
 
@@ -114,11 +115,16 @@ def test_the_evaluation_is_the_mean_score_of_what_sample_py_makes(model, tmp_pat
 
 def test_other_targets_are_judged_alone_and_out_leaves_the_checkpoint_as_it_is(
         folder, model, tmp_path, monkeypatch):
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != str(folder)
-                        and access(path, mode))                     # a read-only disk, for root too
+    temporary = tempfile.TemporaryFile
+
+    def read_only(dir):                                             # a disk, for root too
+        if dir == str(folder):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return temporary(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     before, out = sorted(folder.rglob("*")), tmp_path / "o" / "p"
-    assert f"{folder} cannot be written to: name another" in fails("shapes", folder)
+    assert f"{folder} cannot be written to (Read-only file system): name" in fails("shapes", folder)
     assert "name one" in fails("shapes", folder, folder, "--out", out)
     code, stdout, stderr = run("evaluate.py", "shapes", folder, "--n", 6, "--guidance", 2,
                                "--targets", "all=0.5", "alignment=1", "--out", out)
@@ -228,9 +234,9 @@ SMALL = ("--n", 6, "--curve", 6, "--best", 2, "--candidates", 2)
 def changed(place: Path, to: Path, **args) -> Path:
     """A copy of a run whose config.json says other flags."""
     shutil.copytree(place, to)
-    config = json.loads((to / "config.json").read_text())
+    config = read_json(to / "config.json")
     config["args"] |= args
-    (to / "config.json").write_text(json.dumps(config))
+    write_json(to / "config.json", config)
     return to
 
 

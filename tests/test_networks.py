@@ -311,7 +311,7 @@ def test_no_other_file_than_the_head_stays_under_its_name(content, monkeypatch, 
 
 def test_a_head_that_is_given_must_be_the_right_one(models, tmp_path):
     (tmp_path / scorer.Aesthetic.HEAD).write_bytes(head_file()[:100_000])
-    with pytest.raises(scorer.UserError, match=f"{re.escape(scorer.Aesthetic.HEAD)} does not fit"):
+    with pytest.raises(scorer.UserError, match=f"{re.escape(scorer.Aesthetic.HEAD)} is not"):
         scorer.Aesthetic((models / SMALL["aesthetic"][0], tmp_path), "cpu", torch.float32)
 
 

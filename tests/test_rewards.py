@@ -18,7 +18,7 @@ import binning
 import rewards
 import shapes
 from data import Data, UserError, import_pictures
-from rewards import read_header, read_scores, score_dataset, scores_path
+from rewards import read_header, read_scores, score_dataset, scores_path, write_scores
 from shapes import ANALYTIC, score_all
 
 S = 24
@@ -62,8 +62,7 @@ def scores(folder: Path) -> dict:
     found = {}
     for path in sorted(folder.glob("*.scores.safetensors")):
         with safe_open(path, "np") as file:
-            notes = {key: value if key == "shard" else json.loads(value)
-                     for key, value in file.metadata().items()}
+            notes = json.loads(file.metadata()["miro"])
             found[path.name] = notes, {name: file.get_tensor(name).tobytes()
                                        for name in file.keys()}
     return found
@@ -200,10 +199,8 @@ def test_scores_of_other_pictures_or_captions_are_refused_and_made_anew(pictures
 def test_a_column_of_a_name_unknown_here_is_kept_and_ignored(data):
     beauty, first = np.arange(10, dtype=np.float32), scores_path(Data(data).shards[0])
     scored(data, ("contrast",))
-    with safe_open(first, "np") as file:
-        notes = file.metadata() | {"scorers": '{"contrast": "old", "beauty": "a fork"}'}
     columns = safetensors.numpy.load_file(first) | {"beauty": beauty}
-    safetensors.numpy.save_file(columns, first, notes)
+    write_scores(Data(data).shards[0], columns, {"contrast": "old", "beauty": "a fork"}, {})
     scored(data)
     assert np.array_equal(safetensors.numpy.load_file(first)["beauty"], beauty)
     header = read_header(Data(data).shards[0])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import run
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sample
-from data import UserError, pad, precision
+from data import UserError, file_digest, pad, precision, read_json, write_json
 from shapes import ANALYTIC as REWARDS
 from shapes import score_all
 
@@ -23,8 +23,7 @@ S = 24
 def place(tmp_path_factory):
     """The shipped checkpoint, with no targets of its own."""
     folder = shutil.copytree(sample.SHIPPED, tmp_path_factory.mktemp("shipped") / "run")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"targets": []}))
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"targets": []})
     return folder
 
 
@@ -83,24 +82,36 @@ def test_a_loaded_checkpoint_has_the_saved_weights_and_any_spelling_of_a_device(
         assert not model.net.training
 
 
-@pytest.mark.parametrize("part, key, things", [
-    ("", "format", [2]), ("", "mean", [0.5, [0.5, "x", 1]]), ("", "std", [[[1]]]),
-    ("", "network", [{}, "x"]), ("", "sampler", [{}, None]), ("", "bins", ["x", {"names": []}]),
-    ("", "vae", []), ("bins", "edges", [[], [[1], [0]]]), ("network", "patch", [7, None]),
-    ("network", "heads", [5]), ("text_encoder", "kind", ["bert"]), ("text_encoder", "dim", [63]),
-    ("sampler", "guidance", [-1, float("nan")]), ("sampler", "steps", [0, "x", 10 ** 30]),
-    ("sampler", "shift", [0, [1]]), ("sampler", "solver", ["heun"])])
-def test_what_cannot_be_in_config_json_is_one_sentence_that_names_it(copy, part, key, things):
-    whole = json.loads((copy / "config.json").read_text())
-    for thing in [*things, "removed"]:
-        config = json.loads(json.dumps(whole))
-        inner = config[part] if part else config
-        inner[key] = thing
+@pytest.mark.parametrize("keys", [("format",), ("network", "patch"), ("bins", "edges", 0, 0),
+                                  ("sampler", "solver"), ("text_encoder",), ("weights",)])
+def test_a_config_json_that_was_changed_by_hand_is_one_sentence_that_names_it(copy, keys):
+    whole = (copy / "config.json").read_text()
+    for thing in (2, "x", [], None, float("nan"), "removed"):
+        config = inner = json.loads(whole)
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = thing
         if thing == "removed":
-            del inner[key]
+            del inner[keys[-1]]
         (copy / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UserError, match=f"^{copy}/config.json: [^\n]*$"):
+        with pytest.raises(UserError, match=f"^{copy}/config.json cannot be read [^\n]*by hand"):
             sample.load(copy, CPU)
+    (copy / "config.json").write_text(json.dumps(json.loads(whole), indent=4))    # says the same
+    assert sample.load(copy, CPU).rewards == REWARDS
+
+
+def test_weights_of_another_run_or_that_are_not_finite_are_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["out_norm.weight"][0] += 1e-3
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors is damaged, or not that of .*config"):
+        sample.load(copy, CPU)
+    weights["out_norm.weight"][0] = float("nan")
+    save_file(weights, copy / "model.safetensors")
+    config = read_json(copy / "config.json")
+    write_json(copy / "config.json", config | {"weights": file_digest(copy / "model.safetensors")})
+    with pytest.raises(UserError, match="model.safetensors has weights that are not finite"):
+        sample.load(copy, CPU)
 
 
 # ---- seeds ---------------------------------------------------------------------------------------

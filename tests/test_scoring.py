@@ -33,7 +33,7 @@ def shrunk(monkeypatch):
     """Small architectures, in this test alone."""
     for kind, part in ((rewards.HPSv2, "MODEL"), (rewards.ImageReward, "VISION"),
                        (rewards.ImageReward, "TEXT"), (rewards.JinaCLIP, "IMAGE"),
-                       (rewards.JinaCLIP, "TEXT")):
+                       (rewards.JinaCLIP, "TEXT"), (rewards.Aesthetic, "SHA256")):
         monkeypatch.setattr(kind, part, getattr(kind, part))
     small.shrink()
 

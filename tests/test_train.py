@@ -25,8 +25,8 @@ import rewards
 import sample
 import shapes
 import train
-from data import (VAE, Data, Shard, UserError, stream, write_info, write_shard,
-                  write_whole)
+from data import (VAE, Data, Shard, UserError, read_json, stream, write_info, write_json,
+                  write_shard, write_whole)
 
 CPU = torch.device("cpu")
 EIGHT = ["--steps", 8, "--save-every", 2, "--log-every", 2]          # as the checkpoint was made
@@ -120,7 +120,7 @@ def two_captions(tmp_path_factory) -> SimpleNamespace:
     write_info(folder, dict(kind="pixels", size=4, shards=2, longest=3, words=words))
     edges, one = np.tile(np.arange(4) + 0.5, (2, 1)), np.ones(2)
     bins = binning.Bins(names, edges, 0 * one, 4 * one, one, binning.fingerprint(folder, names))
-    (folder / "bins.json").write_text(json.dumps(bins.to_config()))
+    write_json(folder / "bins.json", bins.to_config())
     return set_up(folder, "--patch", 2, "--bins", 5, "--reward-dropout", 0, "--text-dropout", 0)
 
 
@@ -442,10 +442,10 @@ def test_a_full_disk_is_told_and_leaves_no_state(tmp_path):
 def test_a_run_keeps_two_states_of_plain_types_its_average_and_its_own_source(checkpoint):
     states = sorted(path.name for path in checkpoint.glob("state-*"))
     assert states == ["state-00000006.pt", "state-00000008.pt"]
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = read_json(checkpoint / "config.json")
     head = json.loads((checkpoint / "log.jsonl").read_text().splitlines()[0])
     for found in (state_of(checkpoint)["config"], head["config"]):    # nothing is lost in the JSON
-        assert found | {"step": 8} == config
+        assert found | {"step": 8, "weights": config["weights"]} == config
     average = load_file(checkpoint / "model.safetensors")             # no module., no _orig_mod.
     assert same(average, dict(state_of(checkpoint)["average"]))
     assert average.keys() == model.build(config["network"]).state_dict().keys()
@@ -461,7 +461,7 @@ class Forked(model.Config):
 
 def test_a_run_is_resumed_in_another_precision_and_not_with_other_flags_or_data(
         world, checkpoint, monkeypatch):
-    found = json.loads((checkpoint / "config.json").read_text())
+    found = read_json(checkpoint / "config.json")
     parts = set_up(world, *EIGHT)
     parts.data.shards[2].digest = "another"                           # any of them
     monkeypatch.setattr(model, "Config", Forked)
