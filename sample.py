@@ -27,8 +27,8 @@ from tqdm import tqdm
 import flow
 from binning import Bins
 from data import (PRECISIONS, T5, VAE, Parser, UserError, Words, best_device, between, encoder_of,
-                  file_digest, first_line, make_folder, pad, precision, printable, read_json, run,
-                  unseal, write_json, write_text, write_whole)
+                  file_digest, first_line, hold, make_folder, pad, precision, printable, read_json,
+                  run, unseal, write_json, write_text, write_whole)
 from model import RELEASE_REWARDS, Config, TextRIN, build, release_config, release_name
 from rewards import reads
 from shapes import ANALYTIC, score_all
@@ -431,7 +431,10 @@ def write_folder(args, model: Model, jobs: list[dict], wanted: list[dict]) -> No
     if any(out.glob("[!.]*")) and not (file.exists() and read_json(file) == settings):
         raise UserError(f"--out {out} has other files, or pictures of other settings: name a new "
                         "folder")
-    write_json(make_folder(out) / file.name, settings)
+    hold(make_folder(out))
+    for torn in out.glob("*/samples/.*.tmp"):                        # of a kill
+        torn.unlink()
+    write_json(file, settings)
     for k, want in enumerate(wanted):
         folder = make_folder(out / f"{k:05d}" / "samples")
         write_text(folder.with_name("metadata.jsonl"), json.dumps(want))
