@@ -1059,9 +1059,18 @@ def loading(what: str, source: str, flag: str) -> Iterator[None]:
                         f"{flag} ({first_line(error)})") from error
 
 
+def pinned(source: str) -> tuple[str, str | None]:
+    """A folder, or OWNER/NAME of the hub → itself, None; OWNER/NAME@COMMIT → OWNER/NAME, COMMIT:
+    nobody can change what that is."""
+    name, _, revision = source.partition("@")
+    return (source, None) if os.path.exists(source) else (name, revision or None)
+
+
 def frozen(network: type, source: str, **options) -> torch.nn.Module:
     """A network of a library. ValueError: a weight is missing, and would be left to chance."""
-    model, found = network.from_pretrained(source, output_loading_info=True, **options)
+    name, revision = pinned(source)
+    model, found = network.from_pretrained(name, revision=revision, output_loading_info=True,
+                                           **options)
     if found["missing_keys"]:
         raise ValueError(f"it has no {min(found['missing_keys'])}")
     return model.eval().requires_grad_(False)
@@ -1083,7 +1092,8 @@ class T5:
         from transformers import AutoTokenizer, T5EncoderModel
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         with loading("text encoder", self.source, "--text-encoder"):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+            name, revision = pinned(self.source)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
             model = frozen(T5EncoderModel, self.source, dtype=dtype)
             words, room, width = len(self.tokenizer), model.config.vocab_size, model.config.d_model
             if not room - 128 <= words <= room:     # without its files transformers makes one up
@@ -1180,8 +1190,8 @@ def main() -> None:
         add("--size", type=between(int, 1), default=size, help="side in pixels")
         add("--first-line", action="store_true", help="a caption is the first line of its .txt")
         add("--dry-run", action="store_true", help="write nothing, and say what is there")
-    add("--vae", default=VAE.SOURCE, help="folder or hub id of an AutoencoderKL")
-    add("--text-encoder", default=T5.SOURCE, help="folder or hub id of a T5")
+    add("--vae", default=VAE.SOURCE, help="folder, or hub id[@commit], of an AutoencoderKL")
+    add("--text-encoder", default=T5.SOURCE, help="folder, or hub id[@commit], of a T5")
     add("--length", type=between(int, 1), default=256, help="tokens, then texts are cut")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="PIL")    # of broken notes in pictures; pixels count

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import shapes
 from data import (BROKEN, MAX_LEFT_OUT, MAX_PIXELS, Data, Parser, Shard, UserError, array_digest,
-                  best_device, between, decode, first_line, hold, printable, read_json,
+                  best_device, between, decode, first_line, hold, pinned, printable, read_json,
                   refuse_too_many, run, seal, to_rgb, unseal, write_whole)
 from shapes import ANALYTIC
 
@@ -45,10 +45,11 @@ from shapes import ANALYTIC
 # ---- how pairs are scored ------------------------------------------------------------------------
 
 def score_dataset(data: Data, names: Sequence[str], batch: int = 32, workers: int = 0,
-                  rank: int = 0, ranks: int = 1, models: str | None = None) -> dict[str, str]:
+                  rank: int = 0, ranks: int = 1, models: str | None = None,
+                  pins: dict = {}) -> dict[str, str]:
     """Score the shards of one rank, print a table, return {"shard/key": why} of what has no score.
     UserError: a source has changed since it was imported, or a file of a network is missing."""
-    scorers = [scorer_of(name, models) for name in names]
+    scorers = [scorer_of(name, models, pins) for name in names]
     mine, parts, failures = data.shards[rank::ranks], [np.zeros((len(names), 0))], {}
     with tqdm(total=sum(shard.rows for shard in mine), desc="scoring", unit="picture",
               disable=True if rank else None) as bar:
@@ -640,28 +641,32 @@ PAPER = tuple(NETWORKS)[:7]
 REWARDS = (*NETWORKS, *ANALYTIC)                                  # the order of the columns
 
 
-def scorer_of(name: str, models: str | None) -> Scorer:
+def scorer_of(name: str, models: str | None, pins: dict) -> Scorer:
     """A reward, its network not loaded yet. UserError: a file of it is missing."""
     if name in ANALYTIC:
         return Scorer(name, shapes.version(name))
     kind, device = NETWORKS[name], best_device()
-    folders = [fetch(*source, models, f"{name} needs") for source in kind.SOURCES]
+    folders = [fetch(*source, models, f"{name} needs", pins) for source in kind.SOURCES]
     digests = [revision(folder, patterns) for folder, (_, patterns) in zip(folders, kind.SOURCES)]
+    for folder in folders:                       # of the hub: its name is the commit
+        digests += [f"@{folder.name[:12]}"] if folder.parent.name == "snapshots" else []
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     load = partial(kind, folders, device, dtype)
     return Scorer(name, f"{kind.__name__} {'+'.join(digests)}", kind.VIEW, load)
 
 
-def fetch(repository: str, patterns: Sequence[str], models: str | None, why: str) -> Path:
-    """The folder of a repository's files: below `models`, as MODELS/OWNER/NAME, or from the hub, or
-    of aesthetic's head, which no hub serves, from its page: the right file, or none. UserError: a
-    file is missing."""
+def fetch(repository: str, patterns: Sequence[str], models: str | None, why: str,
+          pins: dict = {}) -> Path:
+    """The folder of a repository's files: below `models`, as MODELS/OWNER/NAME, or from the hub
+    (pins: {repository: commit}, else the newest), or of aesthetic's head, which no hub serves, from
+    its page: the right file, or none. UserError: a file is missing."""
     import huggingface_hub                       # here: training needs none of this
     folder, head = Path(models or torch.hub.get_dir(), repository), Aesthetic.HEAD
     needed = f"{why} {', '.join(patterns)} of {repository}"
     try:
         if not models and head not in patterns:
-            folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+            folder = Path(huggingface_hub.snapshot_download(
+                repository, revision=pins.get(repository), allow_patterns=patterns))
         elif not models and not (folder / head).exists():
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(f"https://github.com/{repository}/raw/main/{head}",
@@ -699,6 +704,7 @@ def main() -> None:
     add("--batch", type=between(int, 1), default=32, help="pictures at once, in each process")
     add("--workers", type=between(int), default=0, help="processes that read pictures, per rank")
     add("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
+    add("--pin", nargs="+", default=[], metavar="OWNER/NAME@COMMIT", help="what the hub gives")
     args = parser.parse_args()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     data = Data(args.data)
@@ -710,7 +716,8 @@ def main() -> None:
                         "others: leave it out of --rewards")
     if args.rewards == "analytic" and "alignment" not in names and rank == 0:
         print("alignment is left out: it reads the captions of shapes.py alone")
-    failures = score_dataset(data, names, args.batch, args.workers, rank, ranks, args.models)
+    failures = score_dataset(data, names, args.batch, args.workers, rank, ranks, args.models,
+                             dict(map(pinned, args.pin)))
     if ranks == 1:                           # torchrun kills all ranks when one of them fails
         refuse_too_many(len(failures), data.rows, args.data, "the reasons are listed above; the "
                         "same command tries them again")

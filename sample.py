@@ -27,8 +27,8 @@ from tqdm import tqdm
 import flow
 from binning import Bins
 from data import (PRECISIONS, T5, VAE, Parser, UserError, Words, best_device, between, encoder_of,
-                  file_digest, first_line, hold, make_folder, pad, precision, printable, read_json,
-                  run, unseal, write_json, write_text, write_whole)
+                  file_digest, first_line, hold, make_folder, pad, pinned, precision, printable,
+                  read_json, run, unseal, write_json, write_text, write_whole)
 from model import RELEASE_REWARDS, Config, TextRIN, build, release_config, release_name
 from rewards import reads
 from shapes import ANALYTIC, score_all
@@ -100,14 +100,15 @@ def load(checkpoint, device=None, variant: str | None = None, text_encoder: str 
 
 
 def find(checkpoint: str, variant: str | None) -> Path:
-    """A folder stays itself; OWNER/NAME is a repository of the hub. UserError: neither."""
-    folder = Path(checkpoint, variant or "")
-    if folder.exists() or checkpoint.count("/") != 1 or Path(checkpoint).parent.is_dir():
+    """A folder stays itself; OWNER/NAME[@COMMIT] is a repository of the hub. UserError: neither."""
+    folder, (repository, revision) = Path(checkpoint, variant or ""), pinned(checkpoint)
+    if folder.exists() or repository.count("/") != 1 or Path(checkpoint).parent.is_dir():
         return folder
     from huggingface_hub import snapshot_download
     files = [Path(variant or "", name).as_posix() for name in RELEASE_FILES]
     try:
-        return Path(snapshot_download(checkpoint, allow_patterns=files), variant or "")
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files),
+                    variant or "")
     except (OSError, ValueError) as error:                                # HTTP's are OSErrors
         raise UserError(f"{folder}: there is no such folder, and the hub does not give it "
                         f"({first_line(error)}): name a checkpoint") from error
@@ -274,7 +275,8 @@ def read_command(argv=None) -> argparse.Namespace:
     """The flags. UserError: one cannot be, or two do not go together."""
     parser = Parser(description="sample pictures with reward targets")
     trained, add = Path("runs/shapes/model.safetensors").exists(), parser.add_argument
-    add("--checkpoint", default="runs/shapes" if trained else str(SHIPPED), help="folder or hub id")
+    add("--checkpoint", default="runs/shapes" if trained else str(SHIPPED),
+        help="folder, or hub id[@commit]")
     add("--variant", help="subfolder of the checkpoint, such as miro-only-clip")
     add("--text-encoder", help="folder or hub id of a T5")
     add("--vae", help="folder or hub id of an AutoencoderKL")

@@ -130,13 +130,17 @@ def test_the_releases_reward_names_are_aliases(model):
 def test_a_name_of_the_hub_is_downloaded_with_its_variant(tmp_path, monkeypatch):
     shutil.copytree(FOLDER, tmp_path / "miro-only-clip")
     calls = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, allow_patterns:
-                        calls.append((repository, *allow_patterns)) or str(tmp_path))
-    assert load("nicolas-dufour/miro-ablations", variant="miro-only-clip").rewards == REWARDS
-    assert calls == [("nicolas-dufour/miro-ablations", *(f"miro-only-clip/{name}" for name in (
-        "config.json", "model.safetensors", "uncond_embedding.npy")))]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, revision,
+                        allow_patterns: calls.append((repository, revision, *allow_patterns))
+                        or str(tmp_path))
+    files = [f"miro-only-clip/{name}" for name in ("config.json", "model.safetensors",
+                                                   "uncond_embedding.npy")]
+    for name, pin in (("nicolas-dufour/miro-ablations", None), ("nicolas-dufour/x", "3f2a")):
+        asked = name + (f"@{pin}" if pin else "")
+        assert load(asked, variant="miro-only-clip").rewards == REWARDS
+        assert calls.pop() == (name, pin, *files)
 
-    def missing(repository, allow_patterns):
+    def missing(repository, revision, allow_patterns):
         raise huggingface_hub.errors.LocalEntryNotFoundError("404: no such\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)

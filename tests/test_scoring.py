@@ -84,7 +84,7 @@ def test_all_seven_score_data_in_one_command(data, models):
 def test_a_score_in_data_is_that_of_the_pair_alone_as_it_is_in_the_source(data, models):
     command(data, models, "--rewards", "all")
     shard = Data(data).shards[0]
-    for scorer in (rewards.scorer_of(name, models) for name in PAPER):
+    for scorer in (rewards.scorer_of(name, models, {}) for name in PAPER):
         pixels = rewards.cut(to_rgb(decode(shard.image(3))), *scorer.view)
         [score], _ = scorer.scores(pixels[None], np.zeros(1, int), [shard.captions[6]], 1)
         assert score == pytest.approx(read_scores(shard, (scorer.name,))[6, 0], abs=1e-5)
@@ -200,5 +200,5 @@ def test_the_towers_see_bf16_on_a_gpu_and_fp32_elsewhere(models, monkeypatch):
     for kind in ("cpu", "cuda"):
         monkeypatch.setattr(rewards, "best_device", lambda: torch.device(kind))
         with pytest.raises(ZeroDivisionError):
-            rewards.scorer_of("aesthetic", models).load()
+            rewards.scorer_of("aesthetic", models, {}).load()
     assert seen == [torch.float32, torch.bfloat16]

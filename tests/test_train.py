@@ -1,10 +1,14 @@
 """train.py: the optimizers, the coins, one step, and runs that are killed, resumed and shared."""
 import json
 import math
+import os
 import pickle
 import resource
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +24,14 @@ from test_format import columns, latents
 
 import binning
 import evaluate
+import flow
 import model
 import rewards
 import sample
 import shapes
 import train
-from data import (VAE, Data, Shard, UserError, read_json, stream, write_info, write_json,
-                  write_shard, write_whole)
+from data import (HELD, VAE, Data, Shard, UserError, hold, read_json, stream, write_info,
+                  write_json, write_shard, write_whole)
 
 CPU = torch.device("cpu")
 EIGHT = ["--steps", 8, "--save-every", 2, "--log-every", 2]          # as the checkpoint was made
@@ -511,6 +516,69 @@ def test_two_ranks_equal_one(world, child, tmp_path):
         "net"].values()]) for folder, step in (("one", 3), ("one", 4), ("two", 4)))
     # Sums of gradients round in another order: after four steps a thousandth of the last one.
     assert (second - first).norm() < 1e-3 * (first - start).norm()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_the_step_saves_it_and_says_how_to_go_on(world, tmp_path, monkeypatch,
+                                                              number):
+    flags, loss, left = [*TINY, "--data", world, "--steps", 8], flow.loss, [9 + 4]
+    monkeypatch.chdir(tmp_path)
+
+    def deadly(*given):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+        return loss(*given)
+
+    monkeypatch.setattr(flow, "loss", deadly)
+    for name in ("whole", "stopped"):
+        code, _, stderr = run("train.py", *flags, "--out", name)
+        assert code == (128 + number if name == "stopped" else 0), stderr
+    assert f"stopped by {number.name} after step 4, whose checkpoint is in stopped: the" in stderr
+    assert not list(Path("stopped").glob("grid-*"))
+    code, _, stderr = run("train.py", *flags, "--out", "stopped")
+    assert code == 0 and same(state_of(Path("whole")), state_of(Path("stopped"))), stderr
+
+
+def test_a_folder_has_one_writer_and_many_readers(world, checkpoint, child, tmp_path):
+    data, out = (shutil.copytree(folder, tmp_path / folder.name) for folder in (world, checkpoint))
+    hold(data, shared=True)
+    hold(out)
+    try:
+        done = subprocess.run([sys.executable, ROOT / "binning.py", data], capture_output=True,
+                              text=True)
+        for arguments, code in ((["rewards.py", data], 2),
+                                (["train.py", *TINY, "--data", data, "--out", out, *EIGHT], 2),
+                                (["train.py", *TINY, "--data", data, "--out", "b", *EIGHT], 0)):
+            process = child(arguments[0], arguments[1:], tmp_path)
+            process.join()
+            assert process.exitcode == code, arguments
+    finally:
+        for file in HELD.values():
+            file.close()
+        HELD.clear()
+    assert done.returncode == 2
+    assert f"{data} is in use by process {os.getpid()} on " in done.stderr
+    assert run("binning.py", data)[0] == 0                          # free again
+
+
+def test_ranks_that_read_other_data_say_so_before_the_first_step(world, child, tmp_path):
+    other = shutil.copytree(world, tmp_path / "other")
+    code, _, stderr = run("shapes.py", tmp_path / "more", "--n", 300, "--size", 16, "--seed", 1)
+    assert code == 0, stderr
+    for name in ("00000", "00001"):
+        shutil.copy(tmp_path / "more" / "00000.safetensors", other / f"{name}.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [child("train.py", [*TINY, "--data", folder, "--out", "run", "--steps", 2, "--rewards",
+                                "none"], tmp_path, dict(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port))) for rank, folder in enumerate((world, other))]
+    for process in ranks:
+        process.join(60)
+    assert ranks[1].exitcode == 2 and ranks[0].exitcode in (1, 2)
+    assert not list((tmp_path / "run").glob("state-*"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_state(world, tmp_path):
