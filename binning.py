@@ -82,17 +82,22 @@ def fitted(folder, bins: int) -> Bins:
     """DATA/bins.json where it has so many bins, else DATA/bins-N.json; fitted anew where it was
     fitted to other scores than those of DATA now."""
     path = Path(folder) / "bins.json"
-    if path.exists() and load(path).edges.shape[1] + 1 != bins:
-        path = path.with_name(f"bins-{bins}.json")
-    if path.exists() and load(path).digest == fingerprint(folder, scored_names(folder)):
-        return load(path)
+    for path in (path, path.with_name(f"bins-{bins}.json")):
+        known = load(path) if path.exists() else None
+        if known is None or known.edges.shape[1] + 1 == bins:
+            break
+    if known and known.digest == fingerprint(folder, scored_names(folder)):
+        return known
     return bin_dataset(folder, bins, path.name)
 
 
 def bin_dataset(folder, bins: int, file: str = "bins.json") -> Bins:
-    """Fit the pairs of DATA that have all scores, write DATA/bins.json, print how full the bins
+    """Fit the pairs of DATA that have all scores, write DATA/FILE, print how full the bins
     are. UserError: scores are missing."""
     names, path, shards = scored_names(folder), Path(folder) / file, Data(folder).shards
+    if not names:
+        raise UserError(f"{folder} has no reward that all of its shards have scores of: run python "
+                        f"rewards.py {folder}")
     parts = (rewards.read_scores(shard, names) for shard in shards)              # (P, R) each
     raw = np.concatenate([part[~np.isnan(part).any(1)] for part in parts])       # (N, R)
     if not len(raw):

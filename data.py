@@ -11,6 +11,7 @@ DATA/NAME.safetensors has, for n samples and P pairs,
         text (all tokens, E) with text_ends (P,), and empty (L, E), those of the empty caption
     keys, key_ends (n,), captions, caption_ends (P,): UTF-8 bytes end to end, and where each ends
     pair_ends (n,): where the pairs of a sample end
+    pixels_sums (n,), or mean_sums, std_sums, text_sums (P,): by which a flipped bit is noticed
     place (n, 3): its file in SOURCE, offset and length, for networks that see it large
 
 DATA/data.json says what it is made of. Scores and bins come beside it (rewards.py, binning.py).
@@ -38,7 +39,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -58,7 +59,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 BROKEN = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, LookupError, ArithmeticError,
           struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 PRECISIONS = ("auto", "fp32", "bf16")
-# Every random number of the project comes from (seed, stream, numbers): no two streams meet.
+# Random numbers of data come from (seed, stream, numbers): no two streams meet.
 STREAMS = {"scene": 0, "prompts": 1, "draws": 3, "latents": 5, "detector": 6, "order": 7}
 
 
@@ -80,11 +81,13 @@ def run(main: Callable) -> None:
     except KeyboardInterrupt:
         end("stopped: the same command goes on", 130)
     except torch.cuda.OutOfMemoryError as error:
-        end(f"the GPU's memory is full ({first_line(error)}): pass a smaller --batch (train.py: a "
-            "larger --accumulate; rewards.py: name fewer --rewards)", 2)
+        end(f"the GPU's memory is full ({first_line(error)}): end other programs on it, or pass a "
+            "smaller --batch (train.py: a larger --accumulate; rewards.py: fewer --rewards)", 2)
     except Exception as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            first_to_say()
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+        if alone or not lost:
+            first_to_say()                                    # the others are quiet: this is a bug
             raise
         end(f"another rank has ended or never came ({first_line(error)}): run the command again", 1)
     finally:
@@ -125,7 +128,7 @@ def hold(folder: str | Path, shared: bool = False, rank: int = 0, ranks: int = 1
     too. Of several ranks each holds its byte of the lock. UserError: another process holds it."""
     path = Path(folder).resolve() / ".lock"
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        return                                                  # read-only: nobody writes here
+        return                                                  # it is not ours to write
     file = HELD[path] = open(path, "a+", encoding="utf-8")
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -409,8 +412,8 @@ class Report:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
         print(f"{found} found = {self.usable} usable + {left_out} left out ({reasons or 'none'})")
         if self.usable == 0:
-            raise UserError(f"{where} has no picture with a caption, beside it or in a metadata."
-                            "jsonl or .csv, and no tar: make it as docs/data.md says")
+            raise UserError(f"{where} has no picture with a caption that can be used "
+                            f"({reasons or 'none was found'}): make it as docs/data.md says")
         refuse_too_many(left_out, found, where, f"{reasons}; --dry-run names all")
 
 
@@ -441,8 +444,9 @@ def find_pieces(sources: Sequence, report: Report) -> dict[str, dict | tuple]:
             part = {key: samples[key] for key in keys[first:first + PIECE]}
             found.append((f"{folder}-{first // PIECE:05d}", part))
     for name, count in Counter(name for name, _ in found).items():
-        if count > 1:
-            raise UserError(f"{count} tars or folders would become the shard {name}: rename one")
+        if count > 1 or name[0] == "." or name.endswith(".scores"):
+            raise UserError(f"{count} tars or folders would become the shard {name!r}, and a shard "
+                            "has a name of its own, neither hidden nor ending in .scores: rename")
     return dict(found)
 
 
@@ -503,9 +507,9 @@ def samples_of(files: dict, where: str, first_dot: bool) -> dict:
     samples = {}                                                 # key → kind → name
     for name in files:
         parent, slash, base = utf8(name).rpartition("/")
-        stem, _, ending = base.rpartition(".")
+        stem, ending = os.path.splitext(base)
         key = parent + slash + (stem.partition(".")[0] if first_dot else stem)
-        kind = KINDS.get(ending.lower())
+        kind = KINDS.get(ending[1:].lower())
         if kind is None:
             continue
         if kind in samples.setdefault(key, {}):
@@ -532,12 +536,14 @@ def read_samples(shard: str, piece: dict | tuple, size: int, one_line: bool,
         name = f"{shard}/{key}"
         try:
             captions = captions_of(name, parts, one_line, report)
-            pixels = square(read_part(parts["picture"]), size)
-        except (UserError, *BROKEN) as error:
-            kind = "" if isinstance(error, UserError) else "an unreadable picture: "
-            reason = kind + first_line(error)
-            print(printable(f"left out {name}: {reason}"))
-            report.left_out[reason.partition(":")[0]] += 1
+            content = read_part(parts["picture"])
+            try:
+                pixels = square(content, size)
+            except BROKEN as error:
+                raise UserError(f"an unreadable picture: {first_line(error)}") from error
+        except UserError as error:
+            print(printable(f"left out {name}: {error}"))
+            report.left_out[str(error).partition(":")[0]] += 1
             continue
         report.usable += 1
         yield key, captions, parts["picture"], pixels
@@ -549,7 +555,7 @@ def tar_files(file: tuple) -> dict[str, tuple | str]:
     places, links = {}, {}
     for member in tar_members(file[0]):
         name = os.path.normpath(member.name)
-        if os.path.basename(name).startswith(".") or member.isdir():
+        if member.isdir() or any(part[:1] == "." for part in name.split("/")):
             continue
         if name in places or name in links:
             raise UserError(printable(f"{file[0]}: a second {name!r}: rename it"))
@@ -561,6 +567,8 @@ def tar_files(file: tuple) -> dict[str, tuple | str]:
         else:
             places[name] = "no regular file, or with holes: write the tar without --sparse"
     for name, target in links.items():
+        for _ in range(40):                                      # a link to a link, and so on
+            target = links.get(target, target)
         places[name] = places.get(target, f"a link to what is no file in the tar: {utf8(target)}")
     return places
 
@@ -598,7 +606,8 @@ def captions_of(name: str, parts: dict, one_line: bool, report: Report) -> list[
     try:
         if "txt" in parts:
             text = read_part(parts["txt"]).decode("utf-8-sig").strip()
-            texts = text.splitlines()[:1] if one_line else [text]
+            lines = text.splitlines()
+            texts = lines[:1] if one_line or not lines else [text]
         if "json" in parts:
             record = json.loads(read_part(parts["json"]))
     except (ValueError, RecursionError) as error:      # RecursionError: thousands of brackets
@@ -629,9 +638,12 @@ def read_part(place: tuple | str) -> bytes:
     if isinstance(place, str):
         raise UserError(place)
     (path, _, _), offset, length = place
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+    except OSError as error:
+        raise UserError(f"a file that cannot be read: {path} ({error.strerror})") from error
 
 
 # -- shards of them
@@ -828,6 +840,8 @@ class Shard:
     def read(self, column: str, first: int = 0, last: int | None = None) -> np.ndarray:
         """Rows [first, last) of a column; all of it without them."""
         try:
+            if last is None:
+                return self.file.get_tensor(column)[first:]
             return self.file.get_slice(column)[first:last]
         except SafetensorError as error:
             raise self.damaged(error) from error
@@ -854,14 +868,9 @@ class Shard:
         return kept
 
     @property
-    def pair_ends(self) -> np.ndarray:
-        """Where the pairs of each sample end: int64 (n,)."""
-        return self.ends["pair_ends"]
-
-    @property
     def owners(self) -> np.ndarray:
         """The sample of each pair: int64 (P,)."""
-        return np.repeat(np.arange(self.rows), np.diff(self.pair_ends, prepend=0))
+        return np.repeat(np.arange(self.rows), np.diff(self.ends["pair_ends"], prepend=0))
 
     @property
     def keys(self) -> list[str]:
@@ -950,28 +959,37 @@ class Order:
 
     def __init__(self, counts: Sequence[int], seed: int, window: int = 64):
         self.counts, self.seed, self.window = np.array(counts, np.int64), seed, window
+        self.known = {}                              # what the last epoch and windows were made of
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions int64 (b,) → the shard and its row at each, int64 (b,)."""
         found = np.empty((2, len(positions)), np.int64)
         epochs, inside = np.divmod(positions, self.counts.sum())
         for i, (epoch, place) in enumerate(zip(epochs.tolist(), inside.tolist())):
-            _, ends = self.windows(epoch)
+            _, ends = self.remember(self.windows, epoch)
             number = int(np.searchsorted(ends, place, side="right"))
-            found[:, i] = self.rows_of(epoch, number)[:, place - span(ends, number)[0]]
+            rows = self.remember(self.rows_of, epoch, number)
+            found[:, i] = rows[:, place - span(ends, number)[0]]
         return found[0], found[1]
 
-    @lru_cache(maxsize=2)                              # two: a batch may span the end of one
+    def remember(self, function: Callable, *numbers: int):
+        """function(*numbers), kept: a batch needs two epochs and two windows at most."""
+        value = self.known.pop(numbers) if numbers in self.known else function(*numbers)
+        self.known[numbers] = value                       # one number: an epoch, two: a window
+        if len(self.known) > 4:
+            del self.known[next(iter(self.known))]        # that was asked for the longest ago
+        return value
+
     def windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards of an epoch, shuffled, and where its windows end: int64 each."""
         shards = permutation(len(self.counts), self.seed, epoch)
         firsts = np.arange(0, len(shards), self.window)
         return shards, np.cumsum(np.add.reduceat(self.counts[shards], firsts))
 
-    @lru_cache(maxsize=2)
     def rows_of(self, epoch: int, number: int) -> np.ndarray:
         """The rows of one window, shuffled: shard and row, int32 (2, n)."""
-        shards = self.windows(epoch)[0][number * self.window:(number + 1) * self.window]
+        shards, _ = self.remember(self.windows, epoch)
+        shards = shards[number * self.window:(number + 1) * self.window]
         counts = self.counts[shards]
         rows = np.concatenate([np.arange(count) for count in counts])
         order = permutation(len(rows), self.seed, epoch, 1 + number)         # 0 is the shards' own

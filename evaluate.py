@@ -115,7 +115,7 @@ def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, seed: int =
     values, lines = measure(model, wanted, seeds, targets)                       # (n, M)
     columns = {request: values.mean(0), "error": values.std(0, ddof=1) / n ** 0.5}   # (M,) each
     means = columns | {"first": values[:120].mean(0)}
-    if model.rewards and not targets:
+    if model.bins and not targets:                       # the release's has none
         for name in ("all", *model.rewards):
             low, _ = measure(model, wanted[:120], seeds[:120], [f"{name}=0"])    # (120, M)
             means[f"{name}=0"] = low.mean(0)

@@ -56,6 +56,7 @@ class Config:
                           ("latent_dim", "read_heads"), ("data_dim", "read_heads")):
             n, share = getattr(self, key), getattr(self, part)
             assert n % share == 0, f"{key} {n} is no multiple of {part} {share}"
+        assert self.sigma_data > 0, f"sigma_data is {self.sigma_data}"
         for key in ("latent_dim", "data_dim"):
             width = getattr(self, key)
             assert width >= 8 and width % 4 == 0, f"{key} {width} is no multiple of 4 from 8 on"

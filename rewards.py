@@ -51,8 +51,8 @@ def score_dataset(data: Data, names: Sequence[str], batch: int = 32, workers: in
     UserError: a source has changed since it was imported, or a file of a network is missing."""
     scorers = [scorer_of(name, models, pins) for name in names]
     mine, parts, failures = data.shards[rank::ranks], [np.zeros((len(names), 0))], {}
-    with tqdm(total=sum(shard.rows for shard in mine), desc="scoring", unit="picture",
-              disable=True if rank else None) as bar:
+    with tqdm(total=len(names) * sum(shard.rows for shard in mine), desc="scoring",
+              unit="score", disable=True if rank else None) as bar:
         for shard in mine:
             columns, failed = score_shard(shard, data.size, scorers, batch, workers, bar)
             parts.append(np.stack([columns[name] for name in names]))            # (R, P)
@@ -89,7 +89,8 @@ def score_shard(shard: Shard, size: int, scorers: Sequence["Scorer"], batch: int
         rows = np.unique(owners[np.isnan(columns[scorer.name])])
         if len(rows):
             todo.setdefault(tuple(rows.tolist()), []).append(scorer)
-    bar.update(shard.rows - max(map(len, todo), default=0))
+    lacking = sum(len(rows) * len(some) for rows, some in todo.items())
+    bar.update(shard.rows * len(scorers) - lacking)
     fork = "fork" if workers and sys.platform == "linux" else None
     for rows, some in todo.items():                             # rewards that lack the same rows
         read = partial(read_views, shard, size, {scorer.view for scorer in some})
@@ -107,7 +108,7 @@ def score_shard(shard: Shard, size: int, scorers: Sequence["Scorer"], batch: int
                     values, bad = scorer.scores(views[scorer.view], place, prompts, batch)
                     columns[scorer.name][pairs] = values
                     failed[scorer.name] |= {str(whole[i]): why for i, why in bad.items()}
-            bar.update(len(broken) + len(whole))
+            bar.update((len(broken) + len(whole)) * len(some))
     if (versions, failed) != (header["scorers"], header["failed"]):
         write_scores(shard, columns, versions, failed)
     return columns, failed
@@ -299,7 +300,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def normalised(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 (B, 3, n, n) → zero mean and unit variance a channel, as all seven expect."""
+    """uint8 (B, 3, n, n) → zero mean and unit variance a channel, as all of them expect."""
     mean, std = (torch.tensor(a, device=pixels.device).view(3, 1, 1) for a in (MEAN, STD))
     return ((pixels / 255 - mean) / std).to(dtype)                               # (B, 3, n, n)
 
@@ -716,8 +717,13 @@ def main() -> None:
                         "others: leave it out of --rewards")
     if args.rewards == "analytic" and "alignment" not in names and rank == 0:
         print("alignment is left out: it reads the captions of shapes.py alone")
+    pins, known = dict(map(pinned, args.pin)), {source[0] for kind in NETWORKS.values()
+                                                for source in kind.SOURCES}
+    if args.pin and args.models or None in pins.values() or not known.issuperset(pins):
+        raise UserError(f"--pin {' '.join(args.pin)}: it is OWNER/NAME@COMMIT of {', '.join(known)}"
+                        ", without --models")
     failures = score_dataset(data, names, args.batch, args.workers, rank, ranks, args.models,
-                             dict(map(pinned, args.pin)))
+                             pins)
     if ranks == 1:                           # torchrun kills all ranks when one of them fails
         refuse_too_many(len(failures), data.rows, args.data, "the reasons are listed above; the "
                         "same command tries them again")

@@ -75,7 +75,8 @@ def load(checkpoint, device=None, variant: str | None = None, text_encoder: str 
         if "coherence_keys" in config.get("network", {}):
             config, weights, empty = read_release(folder, config, weights)
         elif unseal(config)["weights"] != file_digest(weights_file):
-            raise UserError(f"{weights_file} is damaged, or not that of {file}: copy both again")
+            raise UserError(f"{weights_file} is damaged, or not that of {file}: copy both again, "
+                            "or resume the run that was writing them")
         network = Config(**config["network"])
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise UserError(f"{file} cannot be read ({type(error).__name__}: {first_line(error)}): "
@@ -394,7 +395,7 @@ def write_figure(args, model: Model, jobs: list[dict]) -> None:
     prompts, columns, N = [job["prompt"] for job in jobs], len(args.sweep) or args.n, args.best_of
     names = [name for name in ANALYTIC if name in model.rewards
              and (name != "alignment" or all(map(reads, prompts)))]
-    if (N > 1) != (args.by in names):
+    if (N > 1 and args.by not in names) or (N == 1 and args.by):
         raise UserError(f"--best-of needs --by one of {', '.join(names) or 'no reward'}, and --by "
                         "needs --best-of")
     make_folder(Path(args.out).parent)

@@ -11,8 +11,9 @@ import hashlib
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -479,8 +480,13 @@ def score_all(names: Sequence[str], images: torch.Tensor, prompts: Sequence[str]
 def version(name: str) -> str:
     """12 hex digits of the file in which a scorer is defined: after any change of it, be it of a
     comment, the scores are made anew; a file of weights beside it does not count."""
-    file = inspect.getsourcefile(inspect.unwrap(SCORERS[name]))
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+    return code_digest(inspect.unwrap(SCORERS[name]))
+
+
+@cache
+def code_digest(function: Callable) -> str:
+    """12 hex digits of a function's file when it is first asked for: an edit does not end a run."""
+    return hashlib.sha256(Path(inspect.getsourcefile(function)).read_bytes()).hexdigest()[:12]
 
 
 def main():

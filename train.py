@@ -128,6 +128,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)                                        # of the initial weights
     net = model.build(config["network"]).to(device)
     state = start(net, args, config, ranks)
+    compare_ranks(dict(step=state.start), rank, ranks)
     if rank == 0:
         shown = model_to_show(state, args, encoder, bins, batches, device)
         write_head(out, state.config, state.start)
@@ -135,7 +136,7 @@ def main(argv=None):
         if state.start and unseen and due(state.start, args.sample_every, args):
             show(out, state.start, state, shown, args, batches, device)   # a kill came before it
 
-    losses, began, stops = [], time.time(), listen()
+    losses, began, (stops, listen_no_more) = [], time.time(), listen()
     bar = tqdm(total=args.steps, initial=state.start, desc="training", unit="step",
                disable=True if rank else None)                 # None: where there is no terminal
     for step, batch in enumerate(batches.loader(state.start), state.start):
@@ -156,6 +157,8 @@ def main(argv=None):
             save_pair(out / f"step-{done:06d}", done, state)
         if rank == 0 and (stop or due(done, args.save_every, args)):
             save_checkpoint(out, done, state)
+        if stop and ranks > 1:
+            dist.barrier()                # until it is saved: torchrun ends all when one ends
         if stop:
             end(f"stopped by {signal.Signals(stop).name} after step {done}, whose checkpoint is in "
                 f"{out}: the same command goes on", 128 + stop)
@@ -163,24 +166,30 @@ def main(argv=None):
             show(out, done, state, shown, args, batches, device)
         began += time.time() - paused                          # img/s counts training alone
     bar.close()
+    listen_no_more()
     if ranks > 1:
         dist.destroy_process_group()
     if rank == 0:
         finish(out, shown, embedded=args.data is None)
 
 
-def listen() -> list[int]:
-    """The signals of STOPS that came, from now on; a second one ends the process at once."""
-    came, before = [], {}
+def listen() -> tuple:
+    """The signals of STOPS that came, from now on, and a function that ends this, as the first
+    signal does: a second one ends the process at once. What is ignored stays so (nohup, &)."""
+    came, before = [], {number: signal.getsignal(number) for number in STOPS
+                        if signal.getsignal(number) != signal.SIG_IGN}
+
+    def listen_no_more() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame) -> None:
         came.append(number)
-        for other in STOPS:
-            signal.signal(other, before[other])
+        listen_no_more()
 
-    for number in STOPS:
-        before[number] = signal.signal(number, note)
-    return came
+    for number in before:
+        signal.signal(number, note)
+    return came, listen_no_more
 
 
 def agreed(came: list[int], ranks: int) -> int:
@@ -271,8 +280,8 @@ class Batches(torch.utils.data.Dataset):
 
     def held_out_captions(self) -> list[str]:
         """The first captions of up to 48 samples that were kept out."""
-        return [self.data.shards[number].caption(span(self.data.shards[number].pair_ends, row)[0])
-                for number, row in self.held_out[:48]]
+        samples = [(self.data.shards[number], row) for number, row in self.held_out[:48]]
+        return [shard.caption(span(shard.ends["pair_ends"], row)[0]) for shard, row in samples]
 
     def loader(self, first: int) -> torch.utils.data.DataLoader:
         """The steps from `first` on."""
@@ -310,7 +319,7 @@ class Batches(torch.utils.data.Dataset):
         shard, rng = self.data.shards[number], stream(args.seed, "draws", position)
         eps, normal = rng.standard_normal(self.shape, np.float32), rng.standard_normal()
         caption, empty, coin = rng.random(3)
-        first, last = span(shard.pair_ends, row)
+        first, last = span(shard.ends["pair_ends"], row)
         pair = first + int(caption * (last - first))                 # each caption as often
         raw = self.scores(number)[pair]                              # rewards move with the text
         withheld = rng.random(len(raw)) < args.reward_dropout
@@ -369,6 +378,8 @@ def prepare(args: Args, network: dict, rank: int) -> tuple:
 
     UserError: the data do not fit the preset or the network's flags, or lack a reward."""
     path, preset = args.data or "runs/world", model.PRESETS[args.preset]
+    if Path(path).resolve() == Path(args.out).resolve():
+        raise UserError(f"--out {args.out} is the folder of the data: name another")
     kind, channels, side = "pixels", 3, shapes.SIZE                          # the embedded world's
     if args.data:
         data = Data(path)
@@ -383,11 +394,13 @@ def prepare(args: Args, network: dict, rank: int) -> tuple:
     except AssertionError as error:
         raise UserError(f"flags of the network, for {channels} channels of size {side}: {error}") \
             from error
+    if not args.data:
+        make_folder(path)
+    hold(path, shared=True)
     if rank == 0 and not args.data:
         shapes.write_world(path, args.world, seed=0)
     follow(rank, "world")
     data = Data(path)
-    hold(path, shared=True)
     if args.rewards == "none":
         return data, None
     if rank == 0:
@@ -583,14 +596,14 @@ def start_ranks(minutes: float) -> tuple:
 
 
 def compare_ranks(config: dict, rank: int, ranks: int) -> None:
-    """UserError: this rank has read other data, bins or flags than rank 0, on another machine."""
+    """UserError: this rank has other data, bins, flags or checkpoints than rank 0."""
     if ranks > 1:
         mine = torch.tensor(int(digest(config)[:15], 16))
         first = mine.clone()
         dist.broadcast(first, 0)
         if first != mine:
-            raise UserError(f"rank {rank} has other data, bins or flags than rank 0: give the same "
-                            "DATA and flags to all")
+            raise UserError(f"rank {rank} has other data, bins, flags or checkpoints than rank 0: "
+                            "give the same DATA, --out and flags to all")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -736,7 +749,7 @@ def show(out: Path, done: int, state: State, shown: sample.Model, args: Args, ba
     out, and the grid."""
     texts = batches.held_out_captions()
     names = rewards.default_rewards(texts)
-    pictures = sample.pictures(shown, texts, ["all=1"] if shown.rewards else [])
+    pictures = sample.pictures(shown, texts, ["all=1"])
     reached = dict(zip(names, shapes.score_all(names, pictures, texts).mean(0).tolist()))
     loss = validate(state, batches, args, device)
     tqdm.write(f"step {done:6d}  validation {loss:.4f}  at all=1: "
@@ -784,10 +797,11 @@ def read_args(argv=None) -> tuple[Args, dict]:
         how = dict(one.metadata) or dict(help="of the network: see Config in model.py")
         low, high = how.pop("low", int(one.type is int)), how.pop("high", 1e6)
         values = [f"{name} {preset[one.name]}" for name, preset in presets.items()
-                  if one.name in preset] or [one.default]
-        how["help"] += f" (default: {', '.join(map(str, values))})"
+                  if one.name in preset]
+        if values or one.default is not None:
+            how["help"] += f" (default: {', '.join(values) or one.default})"
         if one.type is bool:
-            how["action"] = argparse.BooleanOptionalAction
+            how = dict(help=how["help"], action=argparse.BooleanOptionalAction)
         else:
             how["type"] = str if one.type is str else between(one.type, low, high)
         parser.add_argument("--" + one.name.replace("_", "-"), **how)

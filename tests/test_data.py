@@ -149,7 +149,7 @@ def bring(out, *sources, **flags) -> dict:
     import_pictures([str(source) for source in sources], out, SIZE, **flags)
     found = {}
     for shard in Data(out).shards:
-        texts = np.split(shard.captions, shard.pair_ends[:-1])
+        texts = np.split(shard.captions, shard.ends["pair_ends"][:-1])
         for row, key in enumerate(shard.keys):
             picture = shard.read("pixels", row, row + 1)[0].transpose(1, 2, 0)
             found[f"{shard.name}/{key}"] = (texts[row].tolist(), picture, shard.image(row))
@@ -256,16 +256,47 @@ def test_links_in_a_tar_are_the_bytes_they_lead_to(tmp_path, lax, capsys):
     source = tar(tmp_path / "t.tar", [
         ("d/b.png", soft, "../x/a.png"), ("d/b.txt", soft, "b2.txt"), *sample("./x/a", 5, "one"),
         ("d/b2.txt", b"two"), ("d/c.png", hard, "x/a.png"), ("d/c.txt", hard, "./x/a.txt"),
-        ("e.png", soft, "d/b.png"), ("e.txt", b"e"), ("f.png", hard, "/etc/hostname"),
-        ("f.txt", b"f"), ("g.png", soft, "g.png"), ("g.txt", b"g"), ("h.txt", b"h"),
-        ("h.png", tarfile.FIFOTYPE, "")])
+        ("0.png", soft, "d/b.png"), ("0.txt", b"e"), (".hidden/i.png", A), (".hidden/i.txt", b"i"),
+        ("f.png", hard, "/etc/hostname"), ("f.txt", b"f"), ("g.png", soft, "g.png"),
+        ("g.txt", b"g"), ("h.txt", b"h"), ("h.png", tarfile.FIFOTYPE, "")])
     found = bring(tmp_path / "out", source)
     assert {key: texts[0] for key, (texts, _, _) in found.items()} == {
-        "t/d/b": "two", "t/x/a": "one", "t/d/c": "one", "t/e": "e"}
+        "t/d/b": "two", "t/x/a": "one", "t/d/c": "one", "t/0": "e"}
     assert all(np.array_equal(picture, noise(5)) for _, picture, _ in found.values())
     out = capsys.readouterr().out
     assert "t/f: a link to what is no file in the tar: /etc/hostname\n" in out
     assert "t/g: a link" in out and "t/h: no regular file" in out and "7 found = 4 usable" in out
+
+
+def test_a_tar_without_a_sample_that_can_be_used_is_no_hindrance(tmp_path, lax):
+    tars = [tar(tmp_path / "a.tar", [("bad.png", b"bad"), ("bad.txt", b"a")]),
+            tar(tmp_path / "notes.tar", [("readme.txt", b"read me")]),
+            tar(tmp_path / "b.tar", sample("b"))]
+    for _ in range(2):                                           # and again
+        assert [*bring(tmp_path / "out", *tars)] == ["b/b"]
+    assert len(Data(tmp_path / "out").shards) == 3
+
+
+@pytest.mark.parametrize("name", [".pics", "x.scores.tar"])
+def test_a_shard_that_would_not_be_seen_is_refused_by_its_name(name, tmp_path):
+    source = (tar if name.endswith("tar") else folder)(tmp_path / name, sample("a"))
+    with pytest.raises(UserError, match="would become the shard .* rename"):
+        bring(tmp_path / "out", source)
+
+
+def test_a_fault_of_a_caption_is_not_one_of_the_picture_and_an_empty_txt_says_nothing(
+        tmp_path, lax, capsys, monkeypatch):
+    source = folder(tmp_path / "d", [*sample("a"), ("b.png", B), ("b.txt", " "),
+                                     ("b.json", '{"caption": "from the json"}')])
+    for first_line in (False, True):
+        assert captions(tmp_path / f"out{first_line}", source, one_line=first_line) == {
+            "d-00000/a": ["a a"], "d-00000/b": ["from the json"]}
+    real = data.read_part
+    monkeypatch.setattr(data, "read_part", lambda place: real((("gone", 0, 0), 0, 1) if "a.txt" in
+                                                              place[0][0] else place))
+    captions(tmp_path / "c", source)
+    out = capsys.readouterr().out
+    assert "left out d-00000/a: a file that cannot be read: gone (No such" in out
 
 
 def test_damage_to_a_tar_is_named_with_its_byte(tmp_path):
@@ -412,7 +443,7 @@ def test_shards_stay_are_made_anew_and_go_with_their_files(tmp_path, monkeypatch
     assert {*stamps(out)} == {"f-00000.safetensors", "f-00001.safetensors", "data.json"}
     assert stamps(out)["f-00000.safetensors"] == before["f-00000.safetensors"]
     for sources, size, said in (([source], 9, "out was made with size 8, not 9: ask for the same"),
-                                ([one, one], 8, "2 tars or folders would become the shard one")):
+                                ([one, one], 8, "2 tars or folders would become the shard 'one'")):
         with pytest.raises(UserError, match=said):
             import_pictures(sources, out, size)
 

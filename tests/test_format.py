@@ -63,7 +63,8 @@ def test_a_shard_gives_back_what_was_written(folder):
         assert shard.keys == ["k0", "k1", "k2"]
         assert shard.captions == [text for one in CAPTIONS for text in one]
         assert [shard.caption(i) for i in range(6)] == shard.captions
-        assert shard.pair_ends.tolist() == [2, 3, 6] and shard.owners.tolist() == [0, 0, 1, 2, 2, 2]
+        assert shard.ends["pair_ends"].tolist() == [2, 3, 6]
+        assert shard.owners.tolist() == [0, 0, 1, 2, 2, 2]
         assert all(np.array_equal(shard.read(name), wanted[name]) for name in wanted)
         assert np.array_equal(shard.read("pixels", 1, 3), wanted["pixels"][1:3])
         assert np.array_equal(shard.picture(2, 4), wanted["pixels"][2]) and shard.image(0) is None
@@ -251,7 +252,7 @@ def test_the_mode_of_a_file_follows_the_umask(tmp_path):
 
 def test_a_mistake_ends_in_its_sentence_and_a_bug_in_its_traceback(capsys, monkeypatch):
     for error, said in ((UserError("a.txt lacks b: add it"), "a.txt lacks b: add it\n"),
-                        (torch.cuda.OutOfMemoryError("no GiB\nmore"), "(no GiB): pass a smaller")):
+                        (torch.cuda.OutOfMemoryError("no GiB\nmore"), "(no GiB): end other pr")):
         with pytest.raises(SystemExit) as end:
             data.run(fail(error))
         stderr = capsys.readouterr().err
