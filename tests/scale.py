@@ -2,19 +2,17 @@
 
     python tests/scale.py                          # starts at 1 and 2 million rows, and an epoch
     python tests/scale.py --rows 20000 --shards 4  # the same, small: tests/test_scale.py runs it
-    python tests/scale.py --before f9dd041         # a worker and the main process, beside a commit
-                                                   # that read tars (arrays of the paper's sizes)
+    python tests/scale.py --arrays                 # a worker and the main process, on arrays of
+                                                   # the paper's sizes
     python tests/scale.py --bins 16000000          # binning.py on so many rows of seven rewards
 """
 import argparse
-import io
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -124,60 +122,6 @@ def paths(folder: Path, workers: int = 1, steps: int = 60) -> dict:
     return dict(samples_per_second=round(rate), main_ms=round(1000 * np.mean(spent[11:]), 2))
 
 
-# What f9dd041 did with the same arrays in tars: its worker reads, its main process makes the batch.
-BEFORE = """
-import json, sys, time
-import numpy as np, torch, train
-from data import Latents, batches
-folder, steps = sys.argv[1], 60
-args = train.read_args(["--preset", "paper", "--batch", "64"])
-found = Latents(folder, 32)
-s = [np.full((1, 7), 0.5)] * len(found)
-source = dict(s=s, rewards=["x"] * 7, channels=4, mean=torch.zeros(4, 1, 1),
-              std=torch.ones(4, 1, 1))
-rows = [(np.arange(64) + 64 * k, np.random.default_rng(k).integers(0, len(found), 64))
-        for k in range(25)]
-for place in rows[:5]:
-    found[place]
-began = time.time()
-for place in rows[5:]:
-    found[place]
-rate = 20 * 64 / (time.time() - began)
-train.keep_freed_memory()
-spent, started = [], time.process_time()
-for data in batches(found, 0, 0, steps, 64, 0, 1, 1):
-    train.make_batch(data, found, None, args, source, "cpu")
-    spent.append(time.process_time() - started)
-    time.sleep(0.1)
-    started = time.process_time()
-spent = round(1000 * np.mean(spent[11:]), 2)
-print(json.dumps(dict(samples_per_second=round(rate), main_ms=spent)))
-"""
-
-
-def write_tars(folder: Path, source: Path) -> None:
-    """The arrays of DATA as that commit's `encode` wrote them."""
-    folder.mkdir()
-    for shard in data.Data(source).shards:
-        with tarfile.open(folder / f"{shard.name}.tar", "w") as tar:
-            for row, (key, caption) in enumerate(zip(shard.keys, shard.captions)):
-                arrays = {"mean256": shard.row("mean", row), "std256": shard.row("std", row),
-                          "text0": shard.row("text", row)}
-                contents = {"png": b"", "txt": caption.encode()}
-                for name, array in arrays.items():
-                    buffer = io.BytesIO()
-                    np.save(buffer, array)
-                    contents[f"{name}.npy"] = buffer.getvalue()
-                for ending, content in contents.items():
-                    info = tarfile.TarInfo(f"{key}.{ending}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    np.save(folder / "empty.npy", np.ones((1, 2048), np.float16))
-    (folder / "encoded.json").write_text(json.dumps(dict(
-        format=1, sizes=[256], vae="", scaling_factor=1.0, text_encoder="", dim=2048, length=77,
-        dtype="torch.float32", data="", shards=len(list(folder.glob("*.tar"))))))
-
-
 def child(*words) -> dict:
     """This script in a process of its own: its JSON."""
     return json.loads(subprocess.run([sys.executable, __file__, *map(str, words)], check=True,
@@ -201,7 +145,7 @@ def main() -> None:
     add = parser.add_argument
     add("--rows", type=int, default=1_000_000)
     add("--shards", type=int, default=100)
-    add("--before", help="a commit that read tars of arrays: f9dd041")
+    add("--arrays", action="store_true", help="a worker on arrays of the paper's sizes")
     add("--bins", type=int, help="rows of seven rewards to bin")
     add("--start", help="(a rank's own process) DATA")
     add("--rank", type=int, default=0)
@@ -231,20 +175,9 @@ def main() -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
             found = dict(rows=args.bins, seconds=round(time.time() - began, 1),
                          peak_gb=round(peak, 2))
-        elif args.before:
+        elif args.arrays:
             write_rows(place / "new", 2000, 4, 32, 2048, (8, 60))
-            write_tars(place / "old", place / "new")
-            code = place / "code"
-            code.mkdir()
-            archive = subprocess.run(["git", "archive", args.before], cwd=ROOT, check=True,
-                                     capture_output=True).stdout
-            tarfile.open(fileobj=io.BytesIO(archive)).extractall(code, filter="data")
-            found = dict(before=[], now=[])
-            for _ in range(3):                         # in turns: the machine's speed drifts
-                probe = subprocess.run([sys.executable, "-c", BEFORE, str(place / "old")],
-                                       cwd=code, check=True, capture_output=True, text=True)
-                found["before"].append(json.loads(probe.stdout.splitlines()[-1]))
-                found["now"].append(child("--paths", place / "new"))
+            found = child("--paths", place / "new")
         else:
             for name, times in (("one", 1), ("two", 2)):
                 write_rows(place / name, times * args.rows, times * args.shards)
