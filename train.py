@@ -44,7 +44,7 @@ import rewards
 import sample
 import shapes
 from data import (PRECISIONS, T5, VAE, Data, Order, Parser, Shard, UserError, Words, best_device,
-                  between, digest, end, file_digest, first_line, hold, make_folder, pad, precision,
+                  between, digest, file_digest, first_line, hold, make_folder, pad, precision,
                   rank_store, refuse_too_many, run, span, stream, write_json, write_text,
                   write_whole)
 
@@ -157,11 +157,8 @@ def main(argv=None):
             save_pair(out / f"step-{done:06d}", done, state)
         if rank == 0 and (stop or due(done, args.save_every, args)):
             save_checkpoint(out, done, state)
-        if stop and ranks > 1:
-            dist.barrier()                # until it is saved: torchrun ends all when one ends
         if stop:
-            end(f"stopped by {signal.Signals(stop).name} after step {done}, whose checkpoint is in "
-                f"{out}: the same command goes on", 128 + stop)
+            leave(stop, done, out, rank, ranks)
         if rank == 0 and due(done, args.sample_every, args):
             show(out, done, state, shown, args, batches, device)
         began += time.time() - paused                          # img/s counts training alone
@@ -198,6 +195,16 @@ def agreed(came: list[int], ranks: int) -> int:
     if ranks > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
+
+
+def leave(number: int, done: int, out: Path, rank: int, ranks: int) -> None:
+    """End a run that a signal asks to stop, once its checkpoint is there."""
+    if ranks > 1:
+        dist.barrier()                    # torchrun ends all ranks when one has ended
+    if rank == 0:
+        print(f"stopped by {signal.Signals(number).name} after step {done}, whose checkpoint is in "
+              f"{out}: the same command goes on", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def due(done: int, every: int, args: Args) -> bool:
