@@ -306,7 +306,7 @@ def full_disks(bench: Bench, tries: int, rng: random.Random) -> dict:
             subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
             bench.finish(name, place, count)
         finally:
-            subprocess.run(["umount", disk], check=True)
+            subprocess.run(["umount", "-l", disk], check=True)
     return count
 
 
