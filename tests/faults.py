@@ -285,16 +285,16 @@ def edits(bench: Bench, tries: int, rng: random.Random) -> dict:
 def full_disks(bench: Bench, tries: int, rng: random.Random) -> dict:
     """A disk of its own that fills up; then it grows, and the same command goes on."""
     count, names = Counter(), [name for name in JOBS if name != "resume"]
-    disk = bench.folder / "disk"
-    disk.mkdir(exist_ok=True)
     for turn in range(tries):
         name = names[turn % len(names)]
         size = sum(path.stat().st_size // 4096 + 1 for path in bench.base.rglob("*")) * 4096
-        need = sum(len(content) for content in bench.wanted[name].values())
-        grown = size + rng.randrange(need)
+        there = artefacts(bench.base)
+        need = sum(len(content) for file, content in bench.wanted[name].items()
+                   if there.get(file) != content)
+        grown, disk = size + rng.randrange(need), bench.fresh()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={grown}", "tmpfs", disk], check=True)
         try:
-            place = Path(shutil.copytree(bench.base, disk / "place"))
+            place = Path(shutil.copytree(bench.base, disk, dirs_exist_ok=True))
             codes, said, hung = Job(name, place).end()
             note(count, said, hung)
             if 2 in codes:
@@ -419,7 +419,7 @@ def soak(bench: Bench, tries: int, rng: random.Random) -> dict:
 
 # A kind: tries in the tests, tries with --long.
 KINDS = {kills: (8, 300), end_signals: (8, 60), flips: (1, 200), cuts: (2, 50), edits: (6, 500),
-         full_disks: (0, 40), dead_ranks: (1, 20), pairs: (2, 20), fuzz: (8, 2000),
+         full_disks: (0, 40), dead_ranks: (1, 20), pairs: (2, 20), fuzz: (8, 4000),
          soak: (0, 6000)}
 
 
