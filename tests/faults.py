@@ -44,7 +44,7 @@ JOBS = {
     "score": ["rewards.py", "UNSCORED"],
     "bin": ["binning.py", "DATA", "--bins", "4"],
     "train": [*TRAIN, "--out", "NEW", "--save-every", "1"],
-    "train, 2 ranks": [*TRAIN, "--out", "NEW", "--save-every", "1"],
+    "train, 2 ranks": [*TRAIN, "--out", "NEW", "--save-every", "1", "--wait", "0.4"],
     "sample": ["sample.py", "--checkpoint", "RUN", "--prompts", "prompts.txt", "--n", "3",
                "--batch", "2", "--steps", "2", "--out", "NEW"],
     "evaluate": ["evaluate.py", "shapes", "RUN", "--n", "6", "--steps", "1", "--out", "NEW"],
@@ -316,7 +316,7 @@ def dead_ranks(bench: Bench, tries: int, rng: random.Random) -> dict:
     for turn in range(tries):
         place = bench.fresh()
         job = Job(name, place)
-        time.sleep(rng.uniform(0.3, 1) * bench.seconds[name])
+        time.sleep(rng.uniform(0, 0.8) * bench.seconds[name])
         job.kill(signal.SIGKILL, slice(turn % 2, turn % 2 + 1))
         codes, said, hung = job.end()
         note(count, said, hung)
