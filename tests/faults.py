@@ -413,7 +413,7 @@ def soak(bench: Bench, tries: int, rng: random.Random) -> dict:
     late = [one for one in seen if one[0] >= tries * 5 / 6] or seen[-1:]
     drift = np.mean([one[1] for one in late]) / np.mean([one[1] for one in early]) - 1
     return count | {"exit": codes[0], "memory drift %": round(100 * drift, 2),
-                    "files more": late[-1][2] - early[0][2],
+                    "files more": min(one[2] for one in late) - min(one[2] for one in early),
                     "temporaries": len(list(place.rglob(".*.tmp")))}
 
 
