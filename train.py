@@ -22,6 +22,7 @@ import signal
 import struct
 import sys
 import time
+import warnings
 import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -498,6 +499,7 @@ def start(net: torch.nn.Module, args: Args, config: dict, ranks: int) -> State:
     if ranks > 1:
         # Buffers are constants. Sent at each forward pass, those of the pass of self-conditioning,
         # which some ranks have and some have not, would meet what other ranks send.
+        warnings.filterwarnings("ignore", ".*broadcast_buffers")        # has no successor yet
         trained = DistributedDataParallel(trained, [device.index] if device.type == "cuda"
                                           else None, broadcast_buffers=False)
     return State(net, average, trained, optimizers, config, found["step"] if found else 0)

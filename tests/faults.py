@@ -11,6 +11,7 @@ tries, how many recovered (equal in the end), refused (one sentence and code 2, 
 and, which is 0 or a fault, lost or silent (different in the end), hung (60 s) and tracebacks.
 """
 import argparse
+import contextlib
 import io
 import json
 import multiprocessing
@@ -91,8 +92,9 @@ class Job:
 
     def kill(self, number: int, ranks: slice = slice(None)) -> None:
         for process in self.processes[ranks]:
-            if process.is_alive():
-                os.kill(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):        # it has just ended
+                if process.is_alive():
+                    os.kill(process.pid, number)
 
     def end(self) -> tuple[list, list, bool]:
         """Exit codes, what was said on stderr and stdout by all, and whether it hung."""
@@ -225,7 +227,7 @@ def kills(bench: Bench, tries: int, rng: random.Random, signals=(signal.SIGKILL,
             job.kill(number)
             codes, said, hung = job.end()
             note(count, said, hung)
-            stopped = {0, -number, 128 + number}
+            stopped = {0, -number, 128 + number} | ({1} if len(codes) > 1 else set())
             if not set(codes) <= stopped:
                 count["unclear"] += 1
                 complain(name, number, codes, *said)

@@ -36,7 +36,8 @@ TOY = {
 # What a command has that is not run here, and why.
 NOT_RUN = {"nicolas-dufour/miro": "lies on a hub", "runs/geneval": "is judged by its networks",
            "--nnodes": "asks for two machines", "reference.py": "needs miro-t2i",
-           "benchmark.py": "needs miro-t2i", "tests/scale.py": "has a test of its own"}
+           "benchmark.py": "needs miro-t2i", "tests/scale.py": "has a test of its own",
+           "tests/faults.py": "has a test of its own"}
 
 
 def commands(page: str) -> list[str]:
