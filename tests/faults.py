@@ -421,7 +421,7 @@ def soak(bench: Bench, tries: int, rng: random.Random) -> dict:
 
 # A kind: tries in the tests, tries with --long.
 KINDS = {kills: (8, 300), end_signals: (8, 60), flips: (1, 200), cuts: (2, 50), edits: (6, 500),
-         full_disks: (0, 40), dead_ranks: (1, 20), pairs: (2, 20), fuzz: (8, 4000),
+         full_disks: (0, 40), dead_ranks: (1, 20), pairs: (2, 20), fuzz: (8, 7000),
          soak: (0, 6000)}
 
 
