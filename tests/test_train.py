@@ -531,11 +531,13 @@ def test_a_signal_ends_the_step_saves_it_and_says_how_to_go_on(world, tmp_path, 
         return loss(*given)
 
     monkeypatch.setattr(flow, "loss", deadly)
+    before = signal.signal(number, signal.SIG_DFL)                  # nohup ignores some of them
     for name in ("whole", "stopped"):
         code, _, stderr = run("train.py", *flags, "--out", name)
         assert code == (128 + number if name == "stopped" else 0), stderr
     assert f"stopped by {number.name} after step 4, whose checkpoint is in stopped: the" in stderr
     assert not list(Path("stopped").glob("grid-*"))
+    signal.signal(number, before)
     code, _, stderr = run("train.py", *flags, "--out", "stopped")
     assert code == 0 and same(state_of(Path("whole")), state_of(Path("stopped"))), stderr
 
