@@ -127,20 +127,21 @@ def hold(folder: str | Path, shared: bool = False, rank: int = 0, ranks: int = 1
     """Keep others from writing a folder until the program ends; shared: they may hold it like this,
     too. Of several ranks each holds its byte of the lock. UserError: another process holds it."""
     path = Path(folder).resolve() / ".lock"
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        return                                                  # it is not ours to write
-    file = HELD[path] = open(path, "a+", encoding="utf-8")
+    try:
+        file = HELD[path] = open(path, "ab+", buffering=0)
+    except OSError:
+        return                                     # it is not ours to write, or there is no room
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB, *((1, rank) if ranks > 1 else ()))
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):         # else: a disk without locks
             file.seek(0)
-            raise UserError(f"{folder} is in use by {file.read()}: wait for it, or name another "
-                            "folder") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+            raise UserError(f"{folder} is in use by {file.read().decode()}: wait for it, or name "
+                            "another folder") from error
+    with contextlib.suppress(OSError):                          # a full disk: it stays nameless
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
     if not shared and ranks == 1:
         for torn in path.parent.glob(".*.tmp"):                 # of processes that were killed
             torn.unlink(missing_ok=True)
@@ -933,6 +934,10 @@ class Data:
         self.rows = sum(shard.rows for shard in self.shards)
         self.pairs = sum(shard.pairs for shard in self.shards)
         self.channels = len(self.shards[0].metadata["sums"])          # of x_0
+
+    def captions(self) -> list[str]:
+        """Some of them: those of the first shard that has any."""
+        return next(shard for shard in self.shards if shard.pairs).captions
 
     def mean_std(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of all of x_0, a channel: float64 (C,) each."""

@@ -710,7 +710,7 @@ def main() -> None:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     data = Data(args.data)
     hold(args.data, rank=rank, ranks=ranks)
-    suited = default_rewards(data.shards[0].captions)
+    suited = default_rewards(data.captions())
     names = {"all": PAPER, "analytic": suited}.get(args.rewards) or names_of(args.rewards)
     if "alignment" not in suited and "alignment" in names:
         raise UserError("alignment reads the captions of shapes.py alone, and this data has "

@@ -412,7 +412,7 @@ def prepare(args: Args, network: dict, rank: int) -> tuple:
     if args.rewards == "none":
         return data, None
     if rank == 0:
-        names = binning.scored_names(path) or rewards.default_rewards(data.shards[0].captions)
+        names = binning.scored_names(path) or rewards.default_rewards(data.captions())
         if "world" in data.info:                          # a reward added to the world's is scored
             names = tuple(dict.fromkeys((*names, *shapes.ANALYTIC)))
         own = [name for name in names if name in shapes.ANALYTIC]    # networks: rewards.py's

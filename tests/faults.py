@@ -16,6 +16,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -119,9 +120,11 @@ def artefacts(folder: Path) -> dict:
             found[str(path.relative_to(folder))] = path.read_bytes()
             if path.suffix == ".pt":             # equal tensors are saved in more ways than one
                 try:
-                    found[str(path.relative_to(folder))] = nested_bytes(torch.load(path))
-                except Exception:                # a damaged one is what its bytes are
-                    pass
+                    state = torch.load(path, weights_only=True)
+                    found[str(path.relative_to(folder))] = nested_bytes(state)
+                except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError,
+                        pickle.UnpicklingError):
+                    continue                     # a damaged one is what its bytes are
     return found
 
 

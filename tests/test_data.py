@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 from PIL import Image
 
 import data
@@ -268,13 +268,16 @@ def test_links_in_a_tar_are_the_bytes_they_lead_to(tmp_path, lax, capsys):
     assert "t/g: a link" in out and "t/h: no regular file" in out and "7 found = 4 usable" in out
 
 
-def test_a_tar_without_a_sample_that_can_be_used_is_no_hindrance(tmp_path, lax):
+def test_a_tar_without_a_sample_that_can_be_used_is_no_hindrance(tmp_path, lax, monkeypatch):
     tars = [tar(tmp_path / "a.tar", [("bad.png", b"bad"), ("bad.txt", b"a")]),
             tar(tmp_path / "notes.tar", [("readme.txt", b"read me")]),
             tar(tmp_path / "b.tar", sample("b"))]
     for _ in range(2):                                           # and again
         assert [*bring(tmp_path / "out", *tars)] == ["b/b"]
     assert len(Data(tmp_path / "out").shards) == 3
+    monkeypatch.undo()
+    code, said, _ = run("rewards.py", tmp_path / "out")    # judged by a shard that has any
+    assert code == 0 and "alignment is left out" in said
 
 
 @pytest.mark.parametrize("name", [".pics", "x.scores.tar"])
