@@ -16,6 +16,7 @@ DATA/NAME.safetensors has, for n samples and P pairs,
 
 DATA/data.json says what it is made of. Scores and bins come beside it (rewards.py, binning.py).
 """
+import _thread
 import argparse
 import contextlib
 import csv
@@ -30,10 +31,12 @@ import pickle
 import platform
 import re
 import shlex
+import signal
 import struct
 import sys
 import tarfile
 import tempfile
+import threading
 import unicodedata
 import warnings
 from collections import Counter
@@ -74,6 +77,7 @@ def run(main: Callable) -> None:
     the ranks of a run the first that ends says why, and the others, who lose it, are quiet."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")     # captions that a terminal cannot show
+    sys.unraisablehook = interrupt_again
     try:
         main()
     except UserError as error:
@@ -94,6 +98,15 @@ def run(main: Callable) -> None:
         for file in HELD.values():
             file.close()
         HELD.clear()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C while Python clears up
+
+
+def interrupt_again(lost) -> None:
+    """Ctrl-C that falls into a destructor, where Python would drop it, comes once more."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def end(why: str, code: int) -> None:

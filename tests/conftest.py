@@ -33,6 +33,7 @@ TINY = ("--patch 4 --latents 8 --latent-dim 32 --data-dim 32 --blocks 1 --layers
 def run(script: str, *arguments) -> tuple:
     """`python script arguments`, its last lines included, in this process: (code, out, err)."""
     out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    interrupted = signal.getsignal(signal.SIGINT)
     sys.argv = [script, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -40,7 +41,8 @@ def run(script: str, *arguments) -> tuple:
     except SystemExit as end:
         code = end.code or 0
     finally:
-        sys.argv = before
+        sys.argv, sys.unraisablehook = before, sys.__unraisablehook__
+        signal.signal(signal.SIGINT, interrupted)
     return code, out.getvalue(), err.getvalue()
 
 

@@ -68,6 +68,7 @@ def body(arguments: list, folder: str, environment: dict, output: str) -> None:
     os.chdir(folder)
     os.environ |= environment
     code, out, err = conftest.run(*arguments)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)              # as `run` leaves it
     print(out, file=sys.stdout)
     print(err, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +256,23 @@ def test_a_process_of_its_own_ends_with_code_2_and_one_line(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("unknown reward 'beauty'; valid: ")
     assert not any(tmp_path.iterdir())
+
+
+def test_ctrl_c_that_falls_into_a_destructor_still_ends_a_program_in_one_sentence():
+    program = """
+import signal, time
+import data
+
+class Bar:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def main():
+    Bar()
+    time.sleep(10)
+
+data.run(main)"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT,
+                                                                     signal.SIG_DFL))   # nohup
+    assert (done.returncode, done.stderr) == (130, "stopped: the same command goes on\n")
