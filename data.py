@@ -42,7 +42,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -1021,8 +1021,9 @@ SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3
                        "\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
-def split_words(text: str) -> list[str]:
-    """"Two dogs, don't!" → ["two", "dogs", "don't"]: letters, digits and marks, such as the vowel
+@lru_cache(maxsize=2 ** 16)              # training reads the same captions again and again
+def split_words(text: str) -> tuple[str, ...]:
+    """"Two dogs, don't!" → ("two", "dogs", "don't"): letters, digits and marks, such as the vowel
     signs of Hindi. Emoji and the characters of scripts without spaces are words of their own."""
     pieces, alone = [], False
     for c in unicodedata.normalize("NFC", text.lower()).replace("\ufe0f", ""):
@@ -1035,7 +1036,7 @@ def split_words(text: str) -> list[str]:
         if alone or was_alone:
             pieces.append(" ")
         pieces.append(c if alone or c.isalnum() or c == "'" else " ")
-    return [word for part in "".join(pieces).split() if (word := part.strip("'"))]
+    return tuple(word for part in "".join(pieces).split() if (word := part.strip("'")))
 
 
 class Words:

@@ -117,7 +117,7 @@ class TextRIN(nn.Module):
         time = self.time(gamma)[:, None]                                         # (B, 1, D)
         keys_values, mask = known or self.condition(s, text, text_mask)          # mask (B, 1 + K)
         if z is None:             # trained without any, previous_out.weight stays at its start of 0
-            z = x.new_zeros(len(x), c.latents, c.latent_dim)                     # (B, M, D)
+            z = x.new_zeros(1, 1, c.latent_dim)                                  # (1, 1, D): all
         previous = self.previous_out(z + self.previous_mlp(self.previous_norm(z)))   # (B, M, D)
         z = self.latents + time + previous                                       # (B, M, D)
         for block, to_read in zip(self.blocks, keys_values):

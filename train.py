@@ -24,10 +24,11 @@ import sys
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -214,17 +215,9 @@ def due(done: int, every: int, args: Args) -> bool:
 
 
 def train_step(state: "State", args: Args, step: int, batch: list, ranks: int, dtype) -> tuple:
-    """One optimizer step on this rank's share of the batch: mse (b,), and the gradient's norm.
-    Micro-batches add up to the gradient of the whole share, and DDP averages it over the ranks."""
-    share, mses = len(batch[0]), []
-    size = share // args.accumulate
-    for first in range(0, share, size):
-        micro = [tensor[first:first + size] for tensor in batch]
-        quiet = state.model.no_sync() if ranks > 1 and first + size < share else nullcontext()
-        with quiet, torch.autocast(micro[0].device.type, dtype, enabled=dtype != torch.float32):
-            mse, weighted = flow.loss(state.model, *micro)                       # (b,), (b,)
-            (weighted.sum() / share).backward()
-        mses.append(mse.detach())
+    """One optimizer step on this rank's share of the batch: mse (b,), and the gradient's norm."""
+    gradient = gradient_on_cores if ranks == 1 and batch[0].device.type == "cpu" else gradient_of
+    mse = gradient(state, args, batch, ranks, dtype)                             # (b,)
     norm = torch.nn.utils.clip_grad_norm_(state.net.parameters(), args.clip)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
@@ -235,7 +228,52 @@ def train_step(state: "State", args: Args, step: int, batch: list, ranks: int, d
     with torch.no_grad():
         torch._foreach_lerp_(list(state.average.parameters()), list(state.net.parameters()),
                              1 - decay)
-    return torch.cat(mses), norm
+    return mse, norm
+
+
+def gradient_of(state: "State", args: Args, batch: list, ranks: int, dtype) -> torch.Tensor:
+    """The gradient of the share's mean loss, into .grad: mse (b,). Micro-batches add up to it, and
+    DDP averages it over the ranks after the last."""
+    micros, mses = micro_batches(batch, args.accumulate), []
+    for micro in micros:
+        quiet = state.model.no_sync() if ranks > 1 and micro is not micros[-1] else nullcontext()
+        with quiet, torch.autocast(micro[0].device.type, dtype, enabled=dtype != torch.float32):
+            mse, weighted = flow.loss(state.model, *micro)                       # (b,), (b,)
+            (weighted.sum() / len(batch[0])).backward()
+        mses.append(mse.detach())
+    return torch.cat(mses)
+
+
+def gradient_on_cores(state: "State", args: Args, batch: list, ranks: int, dtype) -> torch.Tensor:
+    """The same, each micro-batch by one core. Cores that share each small matrix product wait for
+    one another after each, and for ever if another program takes one of them."""
+    parameters, mses, cores = list(state.net.parameters()), [], torch.get_num_threads()
+
+    def gradient(micro: list) -> tuple:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            mse, weighted = flow.loss(state.model, *micro)                       # (b,), (b,)
+            return mse.detach(), torch.autograd.grad(weighted.sum() / len(batch[0]), parameters,
+                                                     materialize_grads=True)
+
+    torch.set_num_threads(1)
+    for mse, grads in pool(cores).map(gradient, micro_batches(batch, args.accumulate * cores)):
+        mses.append(mse)
+        for p, grad in zip(parameters, grads):                # in the order of the micro-batches
+            p.grad = grad if p.grad is None else p.grad + grad
+    torch.set_num_threads(cores)
+    return torch.cat(mses)
+
+
+@cache
+def pool(cores: int) -> ThreadPoolExecutor:
+    """As many threads, which stay."""
+    return ThreadPoolExecutor(cores)
+
+
+def micro_batches(batch: list, n: int) -> list:
+    """A batch in up to n parts."""
+    size = -(-len(batch[0]) // n)
+    return list(zip(*(tensor.split(size) for tensor in batch)))
 
 
 def schedule(step: int, args: Args) -> float:
@@ -516,7 +554,8 @@ def optimizers_for(net: torch.nn.Module, args: Args) -> list:
     if args.optimizer == "muon":
         inner = net.inner_matrices()
         found = [Muon(inner, args.matrix_lr, weight_decay=args.weight_decay),
-                 torch.optim.AdamW(others(net, inner), args.lr, (0.9, 0.99), weight_decay=0.0)]
+                 torch.optim.AdamW(others(net, inner), args.lr, (0.9, 0.99), weight_decay=0.0,
+                                   fused=True)]
     else:
         from timm.optim import Lamb                              # here: timm takes a second to load
         plain = net.norms_and_biases()

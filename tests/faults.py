@@ -67,8 +67,11 @@ def body(arguments: list, folder: str, environment: dict, output: str) -> None:
     os.dup2(descriptor, 2)
     os.chdir(folder)
     os.environ |= environment
-    code, out, err = conftest.run(*arguments)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)              # as `run` leaves it
+    try:
+        code, out, err = conftest.run(*arguments)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)          # as `run` leaves it
+    except KeyboardInterrupt:                # while Python imports: its own traceback, not a fault
+        os._exit(130)
     print(out, file=sys.stdout)
     print(err, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -290,6 +290,19 @@ def test_gradient_accumulation_equals_one_large_batch_and_the_norm_is_clipped(pa
     assert norm > 0.1 and clipped.norm() == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.parametrize("cores", [2, 3, 8])
+def test_cores_that_share_a_batch_make_the_gradient_of_one_and_the_same_each_time(parts, cores):
+    one, norm = descend(parts)
+    torch.set_num_threads(cores)
+    try:
+        found = [descend(parts) for _ in range(3)]
+        assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(1)
+    assert (found[0][0] - one).norm() < 1e-5 * one.norm()             # sums in another order
+    assert all(torch.equal(step, found[0][0]) for step, _ in found)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "lamb"])
 @pytest.mark.parametrize("zero_out, steps, dtype", [(False, 3, torch.bfloat16),
                                                     (True, 6, torch.float32)])
