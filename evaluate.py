@@ -106,32 +106,34 @@ def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, seed: int =
     """Judge pictures of n unseen prompts, image i from noise seed n + i; print tables; write
     evaluation.json and results.jsonl (the verdicts) into the folder.
 
-    At the usual targets, all=1, the first 120 are also made at all=0 and with each single target at
-    0: gain/std says by how many std of the data a reward's own target moves it. Returns {request:
-    the mean of each of MEASURES, "first": that of the first 120 at all=1, "error": of a mean,
-    "tasks": the mean alignment by task, "accuracy": the share of correct pictures by task}."""
+    They are asked for at the checkpoint's own targets. Without others beside these, the first 120
+    are also made at all=1, at all=0 and with each single target at 0, the rest at 1: gain/std says
+    by how many std of the data a reward's own target moves it. Returns {request: the mean of each
+    of MEASURES, "error": of a mean, "first": {request: that of the first 120}, "tasks": the mean
+    alignment by task, "accuracy": the share of correct pictures by task}."""
     wanted, seeds = benchmark(n, seed), range(seed * n, (seed + 1) * n)
-    request = " ".join(targets) or "all=1"
-    values, lines = measure(model, wanted, seeds, targets)                       # (n, M)
+    own = [*model.config["targets"], *targets]
+    request = " ".join(own) or "all=1"
+    values, lines = measure(model, wanted, seeds, own)                           # (n, M)
     columns = {request: values.mean(0), "error": values.std(0, ddof=1) / n ** 0.5}   # (M,) each
-    means = columns | {"first": values[:120].mean(0)}
+    means, first = dict(columns), {}
     if model.bins and not targets:                       # the release's has none
-        for name in ("all", *model.rewards):
-            low, _ = measure(model, wanted[:120], seeds[:120], [f"{name}=0"])    # (120, M)
-            means[f"{name}=0"] = low.mean(0)
+        for asked in ("all=1", "all=0", *(f"{name}=0" for name in model.rewards)):
+            first[asked] = measure(model, wanted[:120], seeds[:120], [asked])[0].mean(0)     # (M,)
         unknown, std = np.full(len(MEASURES), np.nan), dict(zip(model.bins.names, model.bins.std))
-        alone = np.array([means.get(f"{name}=0", unknown)[k] for k, name in enumerate(MEASURES)])
-        gain = (means["first"] - alone) / [std.get(name, np.nan) for name in MEASURES]
-        columns |= {"all=0": means["all=0"], "alone=0": alone, "alone=1": means["first"],
+        alone = np.array([first.get(f"{name}=0", unknown)[k] for k, name in enumerate(MEASURES)])
+        gain = (first["all=1"] - alone) / [std.get(name, np.nan) for name in MEASURES]
+        columns |= {"120: all=1": first["all=1"], "all=0": first["all=0"], "alone=0": alone,
                     "gain/std": gain}
-    rows = [["reward", *columns]]
-    for k, name in enumerate(ANALYTIC, 1):
+    rows = [["", *columns]]
+    for k, name in enumerate(MEASURES):
         rows.append([name, *(f"{column[k]:.3f}" for column in columns.values())])
     by_task = values[:, MEASURES.index("alignment")]                             # (n,)
     tasks = {task: float(by_task[k::len(TASKS)].mean()) for k, task in enumerate(TASKS)}
     text, accuracy = summary(lines, "GenEval's tasks and rules on shapes (this is not GenEval)")
-    found = {what: dict(zip(MEASURES, mean.tolist())) for what, mean in means.items()}
-    found |= dict(tasks=tasks, accuracy=accuracy, settings=dict(
+    found, first = ({what: dict(zip(MEASURES, mean.tolist())) for what, mean in some.items()}
+                    for some in (means, first))
+    found |= dict(first=first, tasks=tasks, accuracy=accuracy, settings=dict(
         made_of=sample.fingerprint(model), n=n, seed=seed, **model.config["sampler"]))
     print(table(rows), "alignment by task: "
           + ", ".join(f"{task} {value:.2f}" for task, value in tasks.items()), text, sep="\n")
@@ -526,14 +528,16 @@ class Colors:
 
 def forward_cost(config: Config, tokens: int) -> tuple[TextRIN, int, int]:
     """(the network without numbers, floating-point operations of one forward pass of one picture
-    and branch with that many text tokens, those of them that are not attention's products).
+    and branch with that many text tokens, as each step but the first is, those of them that are not
+    attention's products).
 
     An operation is a multiplication or an addition; the paper counts the pair as one."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         net = build(config)
         net(torch.empty(1, config.channels, config.size, config.size), torch.ones(1),
             torch.ones(1, len(config.rewards)), torch.empty(1, tokens, config.text_dim),
-            torch.ones(1, tokens, dtype=torch.bool))
+            torch.ones(1, tokens, dtype=torch.bool),
+            torch.empty(1, config.latents, config.latent_dim))
     counts = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
     everything = sum(counts.values())
     products = sum(n for name, n in counts.items() if "bmm" in name or "attention" in name)

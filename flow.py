@@ -33,18 +33,16 @@ def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
     weighted = mse / exp(u(t)) + u(t), u a learned log-variance (not in the paper: the release,
                after EDM2): hard times stop drowning easy ones. Its least value is 1 + log E[mse].
 
-    self_condition (B,) bool: these samples first run without gradient and hand their latents on,
-    as they do at sampling, where each step starts from the latents of the step before.
+    self_condition (B,) bool, on the CPU, where asking it waits for no GPU: these samples start from
+    the latents of a first pass without gradient, as each step of sampling does from the last.
     """
-    x_t = path(x_0, eps, t)                                                      # (B, C, H, W)
-    z, k = None, self_condition
-    if k.any():
-        with torch.no_grad():                                  # n of the B samples
-            latents = model(x_t[k], t[k], s[k], text[k], text_mask[k])[1]        # (n, M, D)
+    x_t, z = path(x_0, eps, t), None                                             # (B, C, H, W)
+    if self_condition.any():
+        with torch.no_grad():            # of all samples: the same shapes at each step
+            z = model(x_t, t, s, text, text_mask)[1]                             # (B, M, D)
         # What autocast cast here has no gradient, and some versions of torch use it again below.
         torch.clear_autocast_cache()
-        z = latents.new_zeros(len(x_t), *latents.shape[1:])                      # (B, M, D)
-        z[k] = latents
+        z = z * self_condition.to(z.device).view(-1, 1, 1)                       # (B, M, D)
     v, _, u = model(x_t, t, s, text, text_mask, z)                               # v (B, C, H, W)
     mse = (v.float() - (eps - x_0)).square().mean((1, 2, 3))                     # (B,)
     return mse, mse / u.exp() + u                                                # (B,), (B,)

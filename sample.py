@@ -33,7 +33,7 @@ from model import RELEASE_REWARDS, Config, TextRIN, build, release_config, relea
 from rewards import reads
 from shapes import ANALYTIC, score_all
 
-SAMPLERS = {"shapes": dict(guidance=0.5, steps=16, solver="ab2", shift=3.0),     # by preset
+SAMPLERS = {"shapes": dict(guidance=1.0, steps=8, solver="ab2", shift=3.0),      # by preset
             "paper": dict(guidance=7.0, steps=50, solver="euler", shift=1.0)}    # the release's
 # What the embedded world is asked for, found by trial: its most colourful pictures are confetti.
 WORLD_TARGETS = ["all=0.75", "alignment=1"]

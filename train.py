@@ -63,7 +63,8 @@ class Args:
     data: str = flag(None, "DATA of data.py; default: the embedded world, in runs/world")
     out: str = flag(None, "folder of the run; default: runs/PRESET")
     rewards: str = flag("all", "all, none, or a,b,c: what the network is told")
-    steps: int = flag(None, "optimizer steps", 1)
+    minutes: float = flag(None, "what all of it may take: as many steps as fit", 0.1)
+    steps: int = flag(None, "optimizer steps, instead of --minutes", 1)
     batch: int = flag(None, "samples a step, over all ranks", 1)
     accumulate: int = flag(1, "micro-batches a step and rank", 1)
     optimizer: str = flag(None, "lamb is the paper's", choices=("muon", "lamb"))
@@ -96,7 +97,7 @@ class Args:
 
 RECIPES = {
     # Found by trials on two CPU cores: docs/trials.md.
-    "shapes": dict(steps=1150, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
+    "shapes": dict(minutes=10.0, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
                    weight_decay=0.0, cosine_rate=1.0, ema=0.995, t_mean=1.2, self_condition=0.0,
                    bins=5, workers=0, save_every=250, sample_every=500),
     # The release's, line by line, but for the last three.
@@ -107,6 +108,8 @@ RECIPES = {
 FREE = ("data", "out", "accumulate", "compile", "workers", "log_every", "save_every",
         "keep_every", "sample_every", "text_encoder", "vae", "wait")   # may change on resuming
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)    # end a run in good order
+BEGAN = time.time() - time.process_time()       # of the process: what was imported took its time
+DRAWN = 16_000       # samples to train on in the time that grids and evaluation take
 DERIVED = ("rewards", "channels", "size", "text_dim")    # of model.Config: the data say these
 
 
@@ -131,6 +134,9 @@ def main(argv=None):
     net = model.build(config["network"]).to(device)
     state = start(net, args, config, ranks)
     compare_ranks(dict(step=state.start), rank, ranks)
+    args.steps = args.steps or state.config["args"]["steps"] or fitting_steps(
+        start(copy.deepcopy(net), args, config, ranks), args, batches, device, rank, ranks, dtype)
+    state.config["args"]["steps"] = args.steps
     if rank == 0:
         shown = model_to_show(state, args, encoder, bins, batches, device)
         write_head(out, state.config, state.start)
@@ -207,6 +213,30 @@ def leave(number: int, done: int, out: Path, rank: int, ranks: int) -> None:
         print(f"stopped by {signal.Signals(number).name} after step {done}, whose checkpoint is in "
               f"{out}: the same command goes on", file=sys.stderr)
     sys.exit(128 + number)
+
+
+def fitting_steps(trial: "State", args: Args, batches: "Batches", device, rank: int, ranks: int,
+                  dtype) -> int:
+    """The steps that fit into what is left of --minutes, by the time of some on a copy of the run.
+    UserError: none do."""
+    quick = replace(args, steps=2 ** 62)
+    for step in range(12):
+        if step == 4:                                             # the first few are slower
+            began = time.time()
+        mse, _ = train_step(trial, quick, step, on_device(batches[step], device), ranks, dtype)
+    float(mse[0])                                                 # a GPU has come here, too
+    rate = 8 * args.batch / (time.time() - began)
+    left = 60 * args.minutes - (time.time() - BEGAN)
+    steps = torch.tensor(int((0.95 * left * rate - DRAWN) / args.batch))
+    if ranks > 1:
+        dist.broadcast(steps, 0)
+    if steps < 1:
+        raise UserError(f"--minutes {args.minutes:g} leave no time to train: give more, or --steps")
+    minutes = steps * args.batch / rate / 60
+    if rank == 0:
+        print(f"this machine makes {rate:.0f} pictures/s: {steps} steps in {minutes:.1f} minutes, "
+              f"all in --minutes {args.minutes:g}")
+    return int(steps)
 
 
 def due(done: int, every: int, args: Args) -> bool:
@@ -335,6 +365,7 @@ class Batches(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(
             self, batch_size=None, sampler=range(first, self.args.steps),
             num_workers=self.args.workers, multiprocessing_context=fork, worker_init_fn=deafen,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator())                # its own: the run's stream is left alone
 
     def __getitem__(self, step: int) -> list:
@@ -412,9 +443,11 @@ def skip(without: np.ndarray, row: int) -> int:
 
 
 def on_device(batch: list, device) -> list:
-    """A batch where the network is; the text of latents is float16 until here."""
-    x_0, eps, t, s, text, text_mask, coin = (tensor.to(device) for tensor in batch)
-    return [x_0, eps, t, s, text.float(), text_mask, coin]
+    """A batch where the network is, but for the coins, which steer the loop (see flow.loss). The
+    text of latents is float16 until here. Nothing waits for a GPU."""
+    *tensors, coins = batch
+    x_0, eps, t, s, text, text_mask = (one.to(device, non_blocking=True) for one in tensors)
+    return [x_0, eps, t, s, text.float(), text_mask, coins]
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -719,7 +752,7 @@ def same_run(found: dict, wanted: dict, out: Path) -> None:
     defaults = {one.name: one.default for one in (*fields(Args), *fields(model.Config))}
     for key, value in wanted["args"].items():
         before = (found["network"] | found["args"]).get(key, defaults[key])
-        if before != value:
+        if before != value and not (key in ("steps", "minutes") and value is None):
             raise UserError(f"{out} was trained with --{key.replace('_', '-')} {before}, not "
                             f"{value}: pass --out for another folder, or the same flags")
     for key in ("data", "bins", "text_encoder"):
@@ -793,14 +826,15 @@ def model_to_show(state: State, args: Args, encoder, bins, batches: Batches,
 
 def show(out: Path, done: int, state: State, shown: sample.Model, args: Args, batches: Batches,
          device) -> None:
-    """Validation, the mean native rewards of up to 48 pictures at all=1 of captions that were kept
-    out, and the grid."""
+    """Validation, the mean native rewards of up to 48 pictures of captions that were kept out, at
+    the run's own targets, and the grid."""
     texts = batches.held_out_captions()
     names = rewards.default_rewards(texts)
-    pictures = sample.pictures(shown, texts, ["all=1"])
+    pictures = sample.pictures(shown, texts)
     reached = dict(zip(names, shapes.score_all(names, pictures, texts).mean(0).tolist()))
     loss = validate(state, batches, args, device)
-    tqdm.write(f"step {done:6d}  validation {loss:.4f}  at all=1: "
+    tqdm.write(f"step {done:6d}  validation {loss:.4f}  at "
+               f"{' '.join(state.config['targets']) or 'all=1'}: "
                + "  ".join(f"{name} {value:.3g}" for name, value in reached.items()))
     append(out, dict(step=done, val=loss, reached=reached))
     grid = sample.progress_grid(shown)       # last: where it is, the rest is, too
@@ -855,7 +889,12 @@ def read_args(argv=None) -> tuple[Args, dict]:
         parser.add_argument("--" + one.name.replace("_", "-"), **how)
     given = {key: value for key, value in vars(parser.parse_args(argv)).items()
              if value is not None}
-    chosen = presets[given.get("preset", "shapes")] | given
+    if "steps" in given and "minutes" in given:
+        raise UserError("--steps and --minutes say the same: give one of them")
+    chosen = presets[given.get("preset", "shapes")]
+    if "steps" in given or "minutes" in given:
+        chosen = chosen | dict(steps=None, minutes=None)
+    chosen = chosen | given
     args = Args(**{one.name: chosen[one.name] for one in fields(Args) if one.name in chosen})
     args.out = args.out or f"runs/{args.preset}"
     if args.rewards not in ("all", "none"):

@@ -93,12 +93,17 @@ def test_the_evaluation_is_the_mean_score_of_what_sample_py_makes(model, tmp_pat
     found, texts = evaluate.evaluate_folder(model, tmp_path, 12, seed=1), texts_of(12, 1)
     printed, noise = cells(capsys.readouterr().out), range(12, 24)
     assert not set(texts) <= set(texts_of(12))
-    for request, value in (("all=1", 1.0), ("all=0", 0.0), ("first", 1.0)):
-        shown = sample.pictures(model, texts, levels(model, 12, value), seeds=noise)
+    asked = levels(model, 12, 0.75)
+    asked[:, 0] = 1
+    own = "all=0.75 alignment=1"                                # the checkpoint's
+    for request, s in ((own, asked), ("all=1", levels(model, 12, 1.0)),
+                       ("all=0", levels(model, 12, 0.0))):
+        shown = sample.pictures(model, texts, s, seeds=noise)
         scores = score_all(ANALYTIC, shown, texts)
-        assert [found[request][name] for name in ANALYTIC] == pytest.approx(
+        means = (found | found["first"])[request]
+        assert [means[name] for name in ANALYTIC] == pytest.approx(
             scores.mean(0).tolist(), rel=1e-4), request
-        if request == "all=1":
+        if request == own:
             by_task = scores[:, ANALYTIC.index("alignment")].view(2, 6).mean(0)
             assert list(found["tasks"].values()) == pytest.approx(by_task.tolist())
             lines = evaluate.verdicts(shown, evaluate.benchmark(12, 1))
@@ -108,8 +113,9 @@ def test_the_evaluation_is_the_mean_score_of_what_sample_py_makes(model, tmp_pat
     alone = levels(model, 12)
     alone[:, 2] = 0
     contrast = score_all(["contrast"], sample.pictures(model, texts, alone, seeds=noise), texts)
+    found = found["first"]
     assert found["contrast=0"]["contrast"] == pytest.approx(float(contrast.mean()), rel=1e-4)
-    gain = (found["first"]["contrast"] - found["contrast=0"]["contrast"]) / model.bins.std[2]
+    gain = (found["all=1"]["contrast"] - found["contrast=0"]["contrast"]) / model.bins.std[2]
     assert printed["contrast"][-1] == f"{gain:.3f}"
 
 

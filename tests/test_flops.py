@@ -25,6 +25,6 @@ def test_the_paper_preset_costs_what_the_paper_says():
 
 
 def test_a_checkpoint_has_its_own_sizes_and_steps(checkpoint):
-    assert "a picture, 16 steps, one branch" in table(checkpoint, "--tokens", 8)
+    assert "a picture, 8 steps, one branch" in table(checkpoint, "--tokens", 8)
     code, _, err = run("evaluate.py", "flops", "nowhere")
     assert code == 2 and "nowhere/config.json cannot be read" in sentences(err)[0]

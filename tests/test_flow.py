@@ -107,7 +107,7 @@ def self_conditioned(condition: list) -> tuple:
 def test_self_conditioned_samples_receive_their_own_latents_and_the_others_zero():
     model, x_0, eps, t, _ = self_conditioned([True, False, True, True])
     first, second = model.calls
-    assert first["t"].tolist() == t[[0, 2, 3]].tolist() and first["z"] is None
+    assert torch.equal(first["t"], t) and first["z"] is None         # all: a GPU keeps its shapes
     expected = (3 * path(x_0, eps, t)).flatten(2)
     expected[1] = 0
     assert torch.equal(second["z"], expected)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -83,8 +84,8 @@ def test_the_rate_warms_up_linearly_and_follows_its_share_of_the_cosine():
 
 def set_up(data, *flags, rank=0, ranks=1) -> SimpleNamespace:
     """What main() has before its network: args, data, bins, config, batches."""
-    args, network = train.read_args([*TINY, "--data", str(data), "--out", "not-there",
-                                     *map(str, flags)])
+    args, network = train.read_args([*TINY, "--steps", "9", "--data", str(data), "--out",
+                                     "not-there", *map(str, flags)])
     data, bins = train.prepare(args, network, 0)
     encoder = train.encoder_for(args, data)
     config = train.describe(args, network, data, bins, encoder)
@@ -622,6 +623,29 @@ def test_one_command_scores_bins_trains_and_evaluates_the_world(tmp_path, monkey
     assert config["network"]["rewards"] == [*shapes.ANALYTIC]
     assert config["targets"] == sample.WORLD_TARGETS
     assert "alignment by task" in stdout and "python sample.py --checkpoint" in stdout
+
+
+def test_minutes_become_steps_which_the_run_keeps(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "DRAWN", 0)
+    flags = [*TINY, "--data", str(world), "--out", str(tmp_path / "run"), "--log-every", "50"]
+    monkeypatch.setattr(train, "BEGAN", began := time.time())
+    train.main([*flags, "--minutes", "0.1"])
+    took, printed = time.time() - began, capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    steps = config["args"]["steps"]
+    assert 3 < took < 12 and config["step"] == steps > 20, (took, steps)
+    assert f"pictures/s: {steps} steps in 0.1 minutes, all in --minutes 0.1" in printed
+    for more in (["--minutes", "0.1"], ["--steps", str(steps)]):           # it is finished
+        train.main([*flags, *more])
+        assert json.loads((tmp_path / "run" / "config.json").read_text()) == config
+    with pytest.raises(UserError, match="trained with --minutes 0.1, not 30.0: pass --out"):
+        train.main([*flags, "--minutes", "30"])
+    with pytest.raises(UserError, match="--steps and --minutes say the same: give one"):
+        train.main([*flags, "--minutes", "30", "--steps", "3"])
+    with pytest.raises(UserError, match="--minutes 0.1 leave no time to train: give more"):
+        monkeypatch.setattr(train, "BEGAN", began - 60)
+        train.main([*flags, "--minutes", "0.1", "--out", str(tmp_path / "other")])
+    HELD.clear()
 
 
 def test_a_baseline_of_pictures_with_a_flat_channel_trains_and_is_sampled(tmp_path):
