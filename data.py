@@ -1197,9 +1197,11 @@ class VAE:
         return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def pad(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """States (L_i, E) → text (B, L, E), padded with 0, and text_mask (B, L) bool."""
+def pad(states: Sequence[torch.Tensor], multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (L_i, E) → text (B, L, E), padded with 0, and text_mask (B, L) bool. L is the longest,
+    rounded up to a multiple: a compiled network is compiled again for each L."""
     text = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)       # (B, L, E)
+    text = torch.nn.functional.pad(text, (0, 0, 0, -text.shape[1] % multiple))
     lengths = torch.tensor([len(s) for s in states])                             # (B,)
     return text, torch.arange(text.shape[1]) < lengths[:, None]
 

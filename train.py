@@ -4,9 +4,9 @@
     python train.py --rewards none --out runs/baseline   # the paper's baseline
     torchrun --standalone --nproc-per-node=8 train.py --data DATA --out runs/mine --batch 1024
 
-The same command again resumes: on a CPU bit for bit, on a GPU up to the order of its sums. Every
-random number of a sample (noise, time, coins) is drawn from (seed, position in the stream), so
-neither ranks nor workers nor accumulation change the result.
+The same command again resumes: on as many CPU cores bit for bit, on a GPU up to the order of its
+sums. Every random number of a sample (noise, time, coins) is drawn from (seed, position in the
+stream), so neither ranks nor workers nor accumulation change the result.
 """
 import argparse
 import copy
@@ -380,7 +380,7 @@ class Batches(torch.utils.data.Dataset):
         x_0, eps, raw, withheld, text, coins = zip(*samples)
         x_0 = (torch.from_numpy(np.stack(x_0)) - self.mean) / self.std           # (B, C, S, S)
         normal, self_condition = torch.tensor(coins, dtype=torch.float32).T      # (B,) each
-        text, text_mask = pad(text)                                              # (B, L, E), (B, L)
+        text, text_mask = pad(text, 32 if args.compile else 1)                   # (B, L, E), (B, L)
         s = self.bins.to_target(np.stack(raw)) if self.bins else np.stack(raw)   # (B, R)
         s[np.stack(withheld)] = np.nan                                           # not asked for
         return [x_0, torch.from_numpy(np.stack(eps)), flow.logit_normal(normal, args.t_mean),

@@ -204,6 +204,9 @@ def test_words_are_those_of_many_scripts(text, words):
 def test_a_text_is_the_vectors_of_its_words_and_their_places():
     text, mask = pad(Words(("red", "circle", "a"), 8, 5).states(["A red circle", "", "circle"]))
     assert text.shape == (3, 3, 8) and mask.sum(1).tolist() == [3, 1, 1] and mask[:, 0].all()
+    longer, longer_mask = pad(list(text), 4)
+    assert longer.shape == (3, 4, 8) and torch.equal(longer[:, :3], text) and not longer[:, 3].any()
+    assert longer_mask.shape == (3, 4) and pad(list(longer), 4)[0].shape == (3, 4, 8)
     for row, words in enumerate((("a", "red", "circle"), ("",), ("circle",))):
         for place, word in enumerate(words):
             of_word = [(byte - 127.5) / math.sqrt((256 ** 2 - 1) / 12)
