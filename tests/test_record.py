@@ -24,11 +24,12 @@ ASKED = [("a red circle and a blue square", "all=1"), ("two green triangles in a
 
 
 def pictures() -> torch.Tensor:
-    """Six prompts at six requests, noise 0 to 5, the checkpoint's own sampler: (6, 3, 24, 24)."""
+    """Six prompts at six requests, noise 0 to 5, the sampler of that time: (6, 3, 24, 24)."""
     model = sample.load(ROOT / "assets" / "shapes", CPU)
     s = torch.tensor([sample.read_targets(targets.split(), model.rewards, 1.0, "--targets")
                       for _, targets in ASKED])
-    return sample.pictures(model, [prompt for prompt, _ in ASKED], s)
+    return sample.pictures(model, [prompt for prompt, _ in ASKED], s, guidance=0.5, steps=16,
+                           solver="ab2", shift=3.0)
 
 
 def velocities() -> dict[str, torch.Tensor]:
