@@ -11,9 +11,11 @@ import argparse
 import hashlib
 import json
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from io import BytesIO
 from itertools import product
 from pathlib import Path
 
@@ -281,7 +283,7 @@ def read_command(argv=None) -> argparse.Namespace:
     add("--variant", help="subfolder of the checkpoint, such as miro-only-clip")
     add("--text-encoder", help="folder or hub id of a T5")
     add("--vae", help="folder or hub id of an AutoencoderKL")
-    either = parser.add_mutually_exclusive_group(required=True).add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
     either("--prompt", help="one prompt")
     either("--prompts", help='file: a prompt a line, as text or as JSON with a "prompt"')
     add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default: its own")
@@ -300,7 +302,11 @@ def read_command(argv=None) -> argparse.Namespace:
     add("--batch", type=between(int, 1), default=64, help="at once; changes only rounding")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on CUDA")
     add("--out", default="out.png", help="figure NAME.png, or a folder for single pictures")
+    add("--page", metavar="FILE.html", help="a page with sliders, of the prompts or 4 of its own")
+    add("--page-pictures", type=between(int, 1), default=4000, help="at most that many in it")
     args = parser.parse_args(argv)
+    if not (args.prompt or args.prompts or args.page):
+        raise UserError("one of --prompt --prompts --page is required: see python sample.py --help")
     suffix = Path(args.out).suffix
     if suffix not in ("", ".png") or suffix and Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: name a .png, or a folder")
@@ -326,13 +332,16 @@ def set_sampler(model: Model, args: argparse.Namespace) -> None:
 def main(argv=None) -> None:
     """The command line: load, sample, save, and say what it cost."""
     args, began = read_command(argv), time.time()
-    wanted = read_prompts(args.prompts) if args.prompts else [{"prompt": args.prompt}]
     model = load(args.checkpoint, None, args.variant, args.text_encoder, args.vae)
+    asked = model.config["prompts"][:4] if args.prompt is None else [args.prompt]
+    wanted = read_prompts(args.prompts) if args.prompts else [{"prompt": text} for text in asked]
     model.precision = args.precision
     set_sampler(model, args)
     prompts = [want["prompt"] for want in wanted]
     jobs = plan(args, model, prompts)
     model.encoder.states([*prompts, args.negative_prompt or ""])    # all at once: a T5 loads once
+    if args.page:
+        return write_page(args, model, prompts)
     if Path(args.out).suffix:
         write_figure(args, model, jobs)
     else:
@@ -449,6 +458,49 @@ def write_folder(args, model: Model, jobs: list[dict], wanted: list[dict]) -> No
     for k, picture in zip(missing, painted(args, model, [jobs[k] for k in missing])):
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
         write_whole(paths[k], partial(image.save, format="png"))
+
+
+def write_page(args, model: Model, prompts: list[str]) -> None:
+    """One HTML file without a server, docs/page.html with pictures in it: a slider a reward, over
+    all combinations of 5 or 3 levels if that are at most --page-pictures, else of 3 levels those
+    that move at most two rewards; two noises; guidance off and the checkpoint's own."""
+    R, w = len(model.rewards), model.config["sampler"]["guidance"]
+    seeds, weights = [args.seed, args.seed + 1], sorted({0.0, w})
+    own = read_targets([*model.config["targets"], *args.targets], model.rewards, 1.0, "--targets")
+    sheets = list(product(prompts, seeds, weights))
+    K = next((K for K in (5, 3) if K ** R * len(sheets) <= args.page_pictures), 3)
+    levels, base = np.linspace(0, 1, K).tolist(), [int(level * (K - 1)) for level in own]
+    points = list(product(range(K), repeat=R))
+    if len(points) * len(sheets) > args.page_pictures:
+        points = [point for point in points if sum(map(int.__ne__, point, base)) <= 2]
+    s = torch.tensor(levels)[torch.tensor(points, dtype=torch.long)]             # (P, R)
+    total, columns, side = len(sheets) * len(points), int(len(points) ** 0.5) + 1, None
+    names = [name for name in ANALYTIC if name in model.rewards
+             and (name != "alignment" or all(map(reads, prompts)))]
+    pages, measured = [], []
+    with tqdm(total=total, unit="picture", disable=None) as bar:
+        for prompt, seed, weight in sheets:
+            texts = [prompt] * len(points)
+            x = pictures(model, texts, s, args.negative, [seed] * len(points), weight,
+                         negative_prompt=args.negative_prompt, batch=args.batch)     # (P, 3, S, S)
+            raw, side, file = score_all(names, x, texts), x.shape[-1], BytesIO()
+            places = model.bins.select(names).to_target(raw) if names else raw       # (P, R')
+            measured.append(np.asarray(100 * places).round().astype(int).tolist())
+            x = torch.nn.functional.pad(x, (0, 0) * 3 + (0, columns ** 2 - len(x)))
+            sheet = x.unflatten(0, (columns, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3)
+            image = Image.fromarray(sheet.flatten(0, 1).numpy())
+            image.save(file, "webp", lossless=side < 64, quality=80)
+            pages.append("data:image/webp;base64," + b64encode(file.getvalue()).decode())
+            if len(pages) == 1:
+                print(f"{total} pictures, about {total * len(pages[0]) / len(points) / 1e6:.1f} MB")
+            bar.update(len(points))
+    about = f"Checkpoint {Path(args.checkpoint).name}; {model.config['sampler']['steps']} steps."
+    content = dict(rewards=model.rewards, levels=levels, base=base, points=points, prompts=prompts,
+                   seeds=seeds, weights=weights, names=names, measured=measured, side=side,
+                   columns=columns, sheets=pages, about=about)
+    template = (Path(__file__).parent / "docs" / "page.html").read_text(encoding="utf-8")
+    filled = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    write_text(Path(args.page), template.replace("const DATA = null;", f"const DATA = {filled};"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python tests/reference.py            # every comparison, at a small size and at the released one
     python tests/reference.py --write    # tests/release/: what test_release.py holds this code to
 
-miro-t2i is imported here and in benchmark.py alone: neither this project nor its tests need it.
+miro-t2i is imported here and by gpu.py alone: neither this project nor its tests need it.
 Weights are random, the same in both codes; what differs is rounding. Everything is float32 on the
 CPU. tests/release/t5 and vae, a small T5 with a tokenizer of ten words and a small VAE, both
 random, are not written anew.

@@ -239,7 +239,7 @@ def test_a_spoilt_file_is_named_in_one_sentence_and_nothing_else_is_lost(place, 
 
 @pytest.mark.parametrize("command, flag", [
     ("train.py --steps many", "--steps"), ("train.py --stepz 3", "--stepz"),
-    ("sample.py --steps 2", "--prompt --prompts is required"),
+    ("sample.py --steps 2", "--prompt --prompts --page is required"),
     ("sample.py --solver heun", "--solver"), ("sample.py --sweep contrast=0:1", "--sweep"),
     ("evaluate.py faces run", "shapes"),
     ("rewards.py --batch few", "--batch"), ("data.py chekc d", "chekc"),

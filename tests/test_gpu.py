@@ -1,0 +1,34 @@
+"""tests/gpu.py at toy size: no check fails, and one that fails or hangs costs its own line."""
+import json
+import subprocess
+import sys
+
+import gpu
+import pytest
+from conftest import ROOT
+
+
+def lines(*flags) -> list[dict]:
+    """What it prints."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "gpu.py", "--toy", *flags],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_check_ends_without_an_error(tmp_path):
+    found = lines("--out", tmp_path / "gpu.json")
+    assert [line["check"] for line in found] == gpu.plan(True)
+    assert not [line for line in found if "error" in line]
+    assert json.loads((tmp_path / "gpu.json").read_text()) == found
+    one = {line["check"]: line for line in found}
+    assert one["resume"]["resumed"] == one["resume"]["anew"] == 0          # on a CPU bit for bit
+    for preset in ("shapes", "paper"):
+        assert one[f"precision {preset}"]["ratio"] == pytest.approx(1, abs=0.05)
+    assert all(0 < line["of_peak"] < 1.5 for line in found if line["check"].startswith("speed"))
+
+
+def test_a_check_that_fails_or_hangs_costs_its_own_line():
+    assert [line["check"] for line in lines("--only", "machine")] == ["machine"]
+    assert "KeyError: 'nobody'" in gpu.line_of("network nobody", True, 60)["error"]
+    assert "not done" in gpu.line_of("resume", True, 0.5)["error"]
