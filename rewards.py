@@ -12,6 +12,7 @@ networks of 0.3 to 11 billion parameters, one class each (`--rewards all`).
 The same command again scores what lacks a score, or has that of another scorer, and nothing else.
 `torchrun rewards.py DATA` shares the shards.
 """
+import csv
 import hashlib
 import json
 import os
@@ -70,6 +71,41 @@ def score_dataset(data: Data, names: Sequence[str], batch: int = 32, workers: in
     for name, why in failures.items():
         print(printable(f"  {name}: {why}"))
     return failures
+
+
+def score(names: Sequence[str], pictures: torch.Tensor, captions: Sequence[str],
+          models: str | None = None) -> np.ndarray:
+    """For notebooks: pictures uint8 (B, 3, S, S), such as sample.pictures makes, and a caption each
+    → scores float32 (B, R) in the rewards' own units, NaN where one failed."""
+    columns, place = [], np.arange(len(captions))
+    for name in names:
+        scorer, views = scorer_of(name, models, {}), pictures
+        if scorer.view:
+            images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+            views = torch.stack([cut(image, *scorer.view) for image in images])
+        columns.append(scorer.scores(views, place, captions, 32)[0])
+    return np.stack(columns, 1)
+
+
+def write_table(data: Data, names: Sequence[str], path: Path) -> None:
+    """A row a pair: key, caption and scores, as CSV; NAME.parquet, where pandas can write it."""
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["key", "caption", *names])
+            for shard in data.shards:
+                keys, captions, owners = shard.keys, shard.captions, shard.owners
+                for pair, row in enumerate(read_scores(shard, names).tolist()):
+                    table.writerow([keys[owners[pair]], captions[pair], *row])
+        if path.suffix == ".parquet":
+            import pandas
+            pandas.read_csv(temporary).to_parquet(temporary)
+
+    try:
+        write_whole(path, write)
+    except ImportError as error:
+        raise UserError(f"--table {path}: {error}; name a .csv, or pip install pandas pyarrow") \
+            from error
 
 
 def score_shard(shard: Shard, size: int, scorers: Sequence["Scorer"], batch: int, workers: int,
@@ -706,8 +742,11 @@ def main() -> None:
     add("--workers", type=between(int), default=0, help="processes that read pictures, per rank")
     add("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
     add("--pin", nargs="+", default=[], metavar="OWNER/NAME@COMMIT", help="what the hub gives")
+    add("--table", metavar="FILE.csv", help="also write a row a pair; or FILE.parquet")
     args = parser.parse_args()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.table and ranks > 1:
+        raise UserError("--table: run the same command once more without torchrun")
     data = Data(args.data)
     hold(args.data, rank=rank, ranks=ranks)
     suited = default_rewards(data.captions())
@@ -727,6 +766,8 @@ def main() -> None:
     if ranks == 1:                           # torchrun kills all ranks when one of them fails
         refuse_too_many(len(failures), data.rows, args.data, "the reasons are listed above; the "
                         "same command tries them again")
+    if args.table:
+        write_table(data, names, Path(args.table))
 
 
 if __name__ == "__main__":

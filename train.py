@@ -767,14 +767,15 @@ def same_run(found: dict, wanted: dict, out: Path) -> None:
 # ----------------------------------------------------------------------------------------- the log
 
 def write_head(out: Path, config: dict, first: int) -> None:
-    """The first line of log.jsonl: config and versions; the source that runs goes into code.json.
-    Of a resume: its step."""
+    """The first line of log.jsonl: config, versions, and the digest of the source that runs, which
+    goes into code.json. Of a resume: its step."""
     log, head = out / "log.jsonl", dict(resume=first)
     if first == 0:
-        head = dict(config=config, machine=platform.platform(), torch=torch.__version__)
-        log.unlink(missing_ok=True)
         code = {file.name: file.read_text(encoding="utf-8")
                 for file in sorted(Path(__file__).parent.glob("*.py"))}
+        head = dict(code=digest(code), machine=platform.platform(), torch=torch.__version__,
+                    config=config)
+        log.unlink(missing_ok=True)
         write_text(out / "code.json", json.dumps(code, indent=0))
     elif log.exists():                                       # a kill may have cut the last line
         lines = log.read_text(encoding="utf-8").splitlines(True)
@@ -806,7 +807,8 @@ def write_line(out: Path, done: int, losses: list, norm: float, rate: float, ran
         quarters = " ".join("  -  " if value is None else f"{value:.3f}" for value in by_t)
         tqdm.write(f"step {done:6d}  loss {loss:.4f}  by t {quarters}  norm {norm:6.3f}  "
                    f"{rate:6.0f} img/s")
-        append(out, dict(step=done, loss=loss, by_t=by_t, norm=norm, rate=rate))
+        parts = {f"loss_t{k}": value for k, value in enumerate(by_t, 1)}
+        append(out, dict(step=done, loss=loss, **parts, norm=norm, rate=rate))
 
 
 def model_to_show(state: State, args: Args, encoder, bins, batches: Batches,
@@ -836,7 +838,7 @@ def show(out: Path, done: int, state: State, shown: sample.Model, args: Args, ba
     tqdm.write(f"step {done:6d}  validation {loss:.4f}  at "
                f"{' '.join(state.config['targets']) or 'all=1'}: "
                + "  ".join(f"{name} {value:.3g}" for name, value in reached.items()))
-    append(out, dict(step=done, val=loss, reached=reached))
+    append(out, dict(step=done, val=loss, **reached))
     grid = sample.progress_grid(shown)       # last: where it is, the rest is, too
     write_whole(out / f"grid-{done:06d}.png", partial(grid.save, format="png"))
 
@@ -862,9 +864,39 @@ def finish(out: Path, shown: sample.Model, embedded: bool) -> None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))              # the others are done
         torch.set_num_threads(ranks_here * torch.get_num_threads())
         evaluate.evaluate_folder(shown, out)
+    write_card(out, shown.config)
     print(f"{out} has the checkpoint, log.jsonl and grids of pictures; try\n"
           f"python sample.py --checkpoint {shlex.quote(str(out))} --prompt "
           f"{shlex.quote(shown.config['prompts'][0])}")
+
+
+def write_card(out: Path, config: dict) -> None:
+    """README.md: with it the folder is a repository of the hub as it is."""
+    args, request = config["args"], " ".join(config["targets"]) or "all=1"
+    recipe = "".join(f"| `--{key.replace('_', '-')}` | {value} |\n" for key, value in args.items())
+    table = ""
+    if (out / "evaluation.json").exists():
+        means = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))[request]
+        table = f"\nUnseen captions, asked for `{request}`:\n\n| measure | mean |\n|---|---|\n" + \
+            "".join(f"| {name} | {value:.3f} |\n" for name, value in means.items())
+    told, prompt = ", ".join(config["network"]["rewards"]), shlex.quote(config["prompts"][0])
+    write_text(out / "README.md", f"""---
+pipeline_tag: text-to-image
+tags: [text-to-image, flow-matching, miro]
+---
+# {out.resolve().name}
+
+A text-to-image network, trained as in [MIRO](https://arxiv.org/abs/2510.25897) for {args["steps"]}
+steps. It was told {told or "no reward"}. Its licence is yours to choose: add it above, as
+`license: mit`.
+
+```sh
+python sample.py --checkpoint OWNER/NAME --prompt {prompt} --targets {request}
+```
+{table}
+| flag of train.py | value |
+|---|---|
+{recipe}""")
 
 
 # --------------------------------------------------------------------------------------- the flags

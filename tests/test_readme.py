@@ -50,8 +50,8 @@ def commands(page: str) -> list[str]:
 
 
 def python_of(page: str) -> str:
-    """Its ```python block."""
-    return re.search(r"```python\n(.*?)```", PAGES[page], re.S)[1]
+    """Its ```python blocks."""
+    return "".join(re.findall(r"```python\n(.*?)```", PAGES[page], re.S))
 
 
 def script_of(command: str) -> tuple[str, ...]:
@@ -120,6 +120,17 @@ def test_the_prompts_can_be_asked_of_the_embedded_world_and_the_notebook_makes_p
     names = {}
     exec(python_of("README.md"), names)
     assert f"uint8 {tuple(names['x'].shape)}" in README
+
+
+def test_the_notebook_plots_a_sweep_in_which_contrast_rises(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    shutil.copytree(ROOT / "assets" / "shapes", tmp_path / "assets" / "shapes")
+    names = {}
+    exec(python_of("notebook.md"), names)
+    contrast = [float(mean[0]) for mean in names["found"]]
+    assert len(contrast) == 9 and contrast[-1] > 2 * contrast[0]
+    assert (tmp_path / "sweep.png").exists() and names["mse"].shape == (2,)
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -1,9 +1,11 @@
 """rewards.py: scores that survive kills, failures and editing, by the analytic rewards alone."""
+import csv
 import json
 import math
 import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +284,33 @@ def test_a_forks_own_bug_keeps_its_traceback(data, monkeypatch):
     monkeypatch.setitem(shapes.SCORERS, "contrast", lambda images, prompts: np.ones(3) + np.ones(4))
     with pytest.raises(ValueError, match="could not be broadcast"):
         scored(data, ("contrast",))
+
+
+def test_a_table_has_a_row_a_pair(data, tmp_path, monkeypatch):
+    code, _, stderr = run("rewards.py", data, "--table", tmp_path / "t" / "scores.csv")
+    assert code == 0, stderr
+    with open(tmp_path / "t" / "scores.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    shards, names = Data(data).shards, head[2:]
+    assert head[:2] == ["key", "caption"] and tuple(names) == ANALYTIC
+    wanted = [row for shard in shards for row in read_scores(shard, names).tolist()]
+    assert [[float(value) for value in row[2:]] for row in rows] == wanted
+    assert [row[1] for row in rows] == [text for shard in shards for text in shard.captions]
+    assert rows[0][0] == shards[0].keys[0]
+    code, _, stderr = run("rewards.py", data, "--table", tmp_path / "no")
+    assert code == 0                                                       # any other name is CSV
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    code, _, stderr = run("rewards.py", data, "--table", tmp_path / "a.parquet")
+    assert code == 2 and "name a .csv, or pip install pandas" in sentences(stderr)[-1]
+    assert not (tmp_path / "a.parquet").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, stderr = run("rewards.py", data, "--table", tmp_path / "b.csv")
+    assert code == 2 and "--table: run the same command once more" in stderr
+
+
+def test_a_notebook_scores_any_pictures(data):
+    run("rewards.py", data)
+    shard = Data(data).shards[0]
+    names, pictures = ["contrast", "alignment"], torch.from_numpy(shard.read("pixels"))
+    found = rewards.score(names, pictures, [shard.caption(k) for k in range(shard.rows)])
+    assert np.array_equal(found, read_scores(shard, names)) and found.shape == (shard.rows, 2)

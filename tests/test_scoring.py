@@ -100,6 +100,9 @@ def test_the_embedded_world_is_seen_as_its_pixels(world, models, tmp_path):
     with torch.no_grad():
         score = pick.judge(pick.see(pixels[None]), [shard.captions[5]]).item()
     assert score == pytest.approx(read_scores(shard, ("pick",))[5, 0], abs=1e-5)
+    noted = rewards.score(["pick"], torch.from_numpy(shard.picture(5, 16).copy())[None],
+                          [shard.captions[5]], models)                  # as in a notebook
+    assert noted == pytest.approx(score, abs=1e-5)
 
 
 def test_ranks_workers_and_fewer_at_once_do_not_change_the_scores(data, models, tmp_path,

@@ -3,7 +3,9 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -31,7 +33,7 @@ import rewards
 import sample
 import shapes
 import train
-from data import (HELD, VAE, Data, Shard, UserError, hold, read_json, stream, write_info,
+from data import (HELD, VAE, Data, Shard, UserError, digest, hold, read_json, stream, write_info,
                   write_json, write_shard, write_whole)
 
 CPU = torch.device("cpu")
@@ -381,8 +383,9 @@ def test_the_loss_by_quarters_of_t_averages_to_the_loss(tmp_path):
     train.write_line(tmp_path, 9, [*zip(mse.split(111), t.split(111))], 1.0, 1.0, 0)
     line = json.loads((tmp_path / "log.jsonl").read_text())
     quarters = [mse[(t >= q / 4) & ((t < (q + 1) / 4) | (q == 3))] for q in range(1, 4)]
-    assert line["by_t"][0] is None                                   # no samples, not 0
-    assert line["by_t"][1:] == pytest.approx([float(q.mean()) for q in quarters], abs=2e-5)
+    by_t = [line[f"loss_t{k}"] for k in range(1, 5)]
+    assert by_t[0] is None                                           # no samples, not 0
+    assert by_t[1:] == pytest.approx([float(q.mean()) for q in quarters], abs=2e-5)
     assert line["loss"] == pytest.approx(float(mse.mean()))
 
 
@@ -468,8 +471,29 @@ def test_a_run_keeps_two_states_of_plain_types_its_average_and_its_own_source(ch
     average = load_file(checkpoint / "model.safetensors")             # no module., no _orig_mod.
     assert same(average, dict(state_of(checkpoint)["average"]))
     assert average.keys() == model.build(config["network"]).state_dict().keys()
-    assert json.loads((checkpoint / "code.json").read_text()) == {
-        path.name: path.read_text() for path in ROOT.glob("*.py")}
+    code = {path.name: path.read_text() for path in ROOT.glob("*.py")}
+    assert json.loads((checkpoint / "code.json").read_text()) == code
+    assert head["code"] == digest(code)
+    lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text().splitlines()]
+    assert len(lines) > 4 and all(isinstance(value, (int, float, type(None)))   # a number a key
+                                  for line in lines[1:] for value in line.values())
+
+
+def test_a_run_is_a_repository_of_the_hub_with_a_model_card(checkpoint, tmp_path):
+    from huggingface_hub.utils import filter_repo_objects
+    files = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
+    kept = [*filter_repo_objects(files, ignore_patterns=["state-*", "step-*", ".lock"])]
+    assert {"README.md", "config.json", "model.safetensors", "log.jsonl"} <= {*kept} < {*files}
+    for name in kept:
+        shutil.copy(checkpoint / name, tmp_path)
+    assert sample.load(tmp_path).rewards == shapes.ANALYTIC             # it is all that is needed
+    card = (checkpoint / "README.md").read_text()
+    assert card.startswith("---\npipeline_tag: text-to-image\n") and "\n| `--lr` | 0.002 |" in card
+    assert "for 8\nsteps" in card and "told alignment, colorfulness" in card
+    [command] = re.findall("^python (.*)$", card, re.M)
+    script, *words = shlex.split(command.replace("OWNER/NAME", str(tmp_path)))
+    code, _, stderr = run(script, *words, "--out", tmp_path / "a.png", "--steps", 1)
+    assert code == 0, stderr
 
 
 @dataclass(frozen=True)
