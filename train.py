@@ -134,9 +134,7 @@ def main(argv=None):
     net = model.build(config["network"]).to(device)
     state = start(net, args, config, ranks)
     compare_ranks(dict(step=state.start), rank, ranks)
-    args.steps = args.steps or state.config["args"]["steps"] or fitting_steps(
-        start(copy.deepcopy(net), args, config, ranks), args, batches, device, rank, ranks, dtype)
-    state.config["args"]["steps"] = args.steps
+    fix_steps(state, args, batches, device, rank, ranks, dtype)
     if rank == 0:
         shown = model_to_show(state, args, encoder, bins, batches, device)
         write_head(out, state.config, state.start)
@@ -215,10 +213,15 @@ def leave(number: int, done: int, out: Path, rank: int, ranks: int) -> None:
     sys.exit(128 + number)
 
 
-def fitting_steps(trial: "State", args: Args, batches: "Batches", device, rank: int, ranks: int,
-                  dtype) -> int:
-    """The steps that fit into what is left of --minutes, by the time of some on a copy of the run.
-    UserError: none do."""
+def fix_steps(state: "State", args: Args, batches: "Batches", device, rank: int, ranks: int,
+              dtype) -> None:
+    """The number of steps, once for all of a run: --steps, or those that fit into what is left of
+    --minutes, by the time of some on a copy. UserError: none do."""
+    fixed = state.config["args"]
+    args.steps = fixed["steps"] = args.steps or fixed["steps"]
+    if args.steps:
+        return
+    trial = start(copy.deepcopy(state.net), args, state.config, ranks)
     quick = replace(args, steps=2 ** 62)
     for step in range(12):
         if step == 4:                                             # the first few are slower
@@ -232,11 +235,10 @@ def fitting_steps(trial: "State", args: Args, batches: "Batches", device, rank: 
         dist.broadcast(steps, 0)
     if steps < 1:
         raise UserError(f"--minutes {args.minutes:g} leave no time to train: give more, or --steps")
-    minutes = steps * args.batch / rate / 60
+    args.steps = fixed["steps"] = int(steps)
     if rank == 0:
-        print(f"this machine makes {rate:.0f} pictures/s: {steps} steps in {minutes:.1f} minutes, "
-              f"all in --minutes {args.minutes:g}")
-    return int(steps)
+        print(f"this machine makes {rate:.0f} pictures/s: {steps} steps in "
+              f"{steps * args.batch / rate / 60:.1f} minutes, all in --minutes {args.minutes:g}")
 
 
 def due(done: int, every: int, args: Args) -> bool:
