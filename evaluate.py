@@ -103,7 +103,7 @@ def draw(groups: dict[str, np.ndarray], titles: Sequence[str], x: Sequence[float
 
 def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, seed: int = 0,
                     targets: Sequence[str] = ()) -> dict:
-    """Judge pictures of n unseen prompts, image i from noise seed n + i; print tables; write
+    """Judge pictures of n unseen prompts, image i from noise seed * n + i; print tables; write
     evaluation.json and results.jsonl (the verdicts) into the folder.
 
     They are asked for at the checkpoint's own targets. Without others beside these, the first 120
@@ -123,8 +123,8 @@ def evaluate_folder(model: sample.Model, folder: Path, n: int = 600, seed: int =
         unknown, std = np.full(len(MEASURES), np.nan), dict(zip(model.bins.names, model.bins.std))
         alone = np.array([first.get(f"{name}=0", unknown)[k] for k, name in enumerate(MEASURES)])
         gain = (first["all=1"] - alone) / [std.get(name, np.nan) for name in MEASURES]
-        columns |= {"120: all=1": first["all=1"], "all=0": first["all=0"], "alone=0": alone,
-                    "gain/std": gain}
+        columns |= {f"{min(n, 120)}: all=1": first["all=1"], "all=0": first["all=0"],
+                    "alone=0": alone, "gain/std": gain}
     rows = [["", *columns]]
     for k, name in enumerate(MEASURES):
         rows.append([name, *(f"{column[k]:.3f}" for column in columns.values())])
@@ -579,7 +579,8 @@ def read_command(argv=None) -> argparse.Namespace:
         add("--n", type=between(int, len(TASKS)), default=n, help="prompts")
         add("--out", help="folder of the results; default: the checkpoint's, or in runs")
     for add in (of_shapes, of_compare):
-        add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="default all=1")
+        add("--targets", nargs="+", default=[], metavar="REWARD=LEVEL", help="over the "
+            "checkpoint's own; of compare: over all=1")
         add("--guidance", type=between(float), help="w, 0 = off; default: the checkpoint's")
     of_shapes("--steps", type=between(int, 1), help="default: the checkpoint's")
     of_shapes("--seed", type=between(int), default=0, help="of the prompts and of the noise")

@@ -76,7 +76,10 @@ def score_dataset(data: Data, names: Sequence[str], batch: int = 32, workers: in
 def score(names: Sequence[str], pictures: torch.Tensor, captions: Sequence[str],
           models: str | None = None) -> np.ndarray:
     """For notebooks: pictures uint8 (B, 3, S, S), such as sample.pictures makes, and a caption each
-    → scores float32 (B, R) in the rewards' own units, NaN where one failed."""
+    → scores float32 (B, R) in the rewards' own units, NaN where one failed. Each call loads the
+    networks anew. UserError: an unknown name, or a file of a network is missing."""
+    assert len(pictures) == len(captions), f"{len(pictures)} pictures, {len(captions)} captions"
+    names_of(",".join(names))
     columns, place = [], np.arange(len(captions))
     for name in names:
         scorer, views = scorer_of(name, models, {}), pictures
@@ -88,18 +91,21 @@ def score(names: Sequence[str], pictures: torch.Tensor, captions: Sequence[str],
 
 
 def write_table(data: Data, names: Sequence[str], path: Path) -> None:
-    """A row a pair: key, caption and scores, as CSV; NAME.parquet, where pandas can write it."""
+    """A row a pair: shard, key, caption and scores, as CSV; NAME.parquet, where pandas can write
+    it."""
     def write(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
-            table.writerow(["key", "caption", *names])
+            table.writerow(["shard", "key", "caption", *names])
             for shard in data.shards:
                 keys, captions, owners = shard.keys, shard.captions, shard.owners
                 for pair, row in enumerate(read_scores(shard, names).tolist()):
-                    table.writerow([keys[owners[pair]], captions[pair], *row])
+                    table.writerow([shard.name, keys[owners[pair]], captions[pair], *row])
         if path.suffix == ".parquet":
             import pandas
-            pandas.read_csv(temporary).to_parquet(temporary)
+            words = dict.fromkeys(("shard", "key", "caption"), str)      # "0001", "None" stay so
+            pandas.read_csv(temporary, dtype=words, keep_default_na=False, na_values=dict.fromkeys(
+                names, ["nan"])).to_parquet(temporary)
 
     try:
         write_whole(path, write)
@@ -742,11 +748,14 @@ def main() -> None:
     add("--workers", type=between(int), default=0, help="processes that read pictures, per rank")
     add("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
     add("--pin", nargs="+", default=[], metavar="OWNER/NAME@COMMIT", help="what the hub gives")
-    add("--table", metavar="FILE.csv", help="also write a row a pair; or FILE.parquet")
+    add("--table", metavar="FILE.csv", help="also write a row a pair of --rewards' scores; or "
+        "FILE.parquet")
     args = parser.parse_args()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.table and ranks > 1:
         raise UserError("--table: run the same command once more without torchrun")
+    if args.table and Path(args.table).is_dir():
+        raise UserError(f"--table {args.table} is a folder: name a file")
     data = Data(args.data)
     hold(args.data, rank=rank, ranks=ranks)
     suited = default_rewards(data.captions())

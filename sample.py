@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from io import BytesIO
 from itertools import product
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +308,8 @@ def read_command(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.prompt or args.prompts or args.page):
         raise UserError("one of --prompt --prompts --page is required: see python sample.py --help")
+    if args.page and (args.sweep or args.best_of > 1 or args.by or args.n > 1):
+        raise UserError("--page takes no --sweep, --best-of, --by or --n")
     suffix = Path(args.out).suffix
     if suffix not in ("", ".png") or suffix and Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: name a .png, or a folder")
@@ -338,6 +341,8 @@ def main(argv=None) -> None:
     model.precision = args.precision
     set_sampler(model, args)
     prompts = [want["prompt"] for want in wanted]
+    if not prompts:
+        raise UserError(f"{args.checkpoint} names no prompts: give --prompt or --prompts")
     jobs = plan(args, model, prompts)
     model.encoder.states([*prompts, args.negative_prompt or ""])    # all at once: a T5 loads once
     if args.page:
@@ -402,8 +407,7 @@ def write_figure(args, model: Model, jobs: list[dict]) -> None:
     levels asked for > measured; the settings as JSON in the PNG's text chunk "miro".
     UserError: --best-of without a reward that can be measured."""
     prompts, columns, N = [job["prompt"] for job in jobs], len(args.sweep) or args.n, args.best_of
-    names = [name for name in ANALYTIC if name in model.rewards
-             and (name != "alignment" or all(map(reads, prompts)))]
+    names = measurable(model, prompts)
     if (N > 1 and args.by not in names) or (N == 1 and args.by):
         raise UserError(f"--best-of needs --by one of {', '.join(names) or 'no reward'}, and --by "
                         "needs --best-of")
@@ -463,45 +467,60 @@ def write_folder(args, model: Model, jobs: list[dict], wanted: list[dict]) -> No
 def write_page(args, model: Model, prompts: list[str]) -> None:
     """One HTML file without a server, docs/page.html with pictures in it: a slider a reward, over
     all combinations of 5 or 3 levels if that are at most --page-pictures, else of 3 levels those
-    that move at most two rewards; two noises; guidance off and the checkpoint's own."""
-    R, w = len(model.rewards), model.config["sampler"]["guidance"]
-    seeds, weights = [args.seed, args.seed + 1], sorted({0.0, w})
-    own = read_targets([*model.config["targets"], *args.targets], model.rewards, 1.0, "--targets")
-    sheets = list(product(prompts, seeds, weights))
-    K = next((K for K in (5, 3) if K ** R * len(sheets) <= args.page_pictures), 3)
-    levels, base = np.linspace(0, 1, K).tolist(), [int(level * (K - 1)) for level in own]
-    points = list(product(range(K), repeat=R))
-    if len(points) * len(sheets) > args.page_pictures:
-        points = [point for point in points if sum(map(int.__ne__, point, base)) <= 2]
+    that move at most two rewards; two noises; guidance off and the checkpoint's own.
+    UserError: these are more, too, or the page cannot be written."""
+    R, rewards, path = len(model.rewards), model.rewards, Path(args.page)
+    seeds = [args.seed, args.seed + 1]
+    guidances = sorted({0.0, model.config["sampler"]["guidance"]})
+    own = read_targets([*model.config["targets"], *args.targets], rewards, 1.0, "--targets")
+    settings = list(product(prompts, seeds, guidances))
+    most = min(args.page_pictures // len(settings), (4096 // (model.net.config.size * 8)) ** 2
+               if model.vae else 10_000)                     # of one sheet: larger ones are refused
+    K = next((K for K in (5, 3) if K ** R <= most), 3)
+    levels, base = np.linspace(0, 1, K).tolist(), [ceil(x * (K - 1) - 0.5) for x in own]
+    points = [point for point in product(range(K), repeat=R)
+              if K ** R <= most or sum(map(int.__ne__, point, base)) <= 2]
+    total, columns = len(settings) * len(points), ceil(len(points) ** 0.5)
+    if len(points) > most:
+        raise UserError(f"--page-pictures {args.page_pictures}: {len(prompts)} prompts and {R} "
+                        f"rewards take {total}: allow for more, or name fewer prompts")
+    make_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"--page {path} is a folder: name a file")
     s = torch.tensor(levels)[torch.tensor(points, dtype=torch.long)]             # (P, R)
-    total, columns, side = len(sheets) * len(points), int(len(points) ** 0.5) + 1, None
-    names = [name for name in ANALYTIC if name in model.rewards
-             and (name != "alignment" or all(map(reads, prompts)))]
-    pages, measured = [], []
+    names, sheets, measured = measurable(model, prompts), [], []
     with tqdm(total=total, unit="picture", disable=None) as bar:
-        for prompt, seed, weight in sheets:
-            texts = [prompt] * len(points)
-            x = pictures(model, texts, s, args.negative, [seed] * len(points), weight,
+        for prompt, seed, w in settings:
+            texts, file = [prompt] * len(points), BytesIO()
+            x = pictures(model, texts, s, args.negative, [seed] * len(points), w,
                          negative_prompt=args.negative_prompt, batch=args.batch)     # (P, 3, S, S)
-            raw, side, file = score_all(names, x, texts), x.shape[-1], BytesIO()
+            raw, side = score_all(names, x, texts), x.shape[-1]
             places = model.bins.select(names).to_target(raw) if names else raw       # (P, R')
             measured.append(np.asarray(100 * places).round().astype(int).tolist())
             x = torch.nn.functional.pad(x, (0, 0) * 3 + (0, columns ** 2 - len(x)))
-            sheet = x.unflatten(0, (columns, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3)
-            image = Image.fromarray(sheet.flatten(0, 1).numpy())
+            x = x.unflatten(0, (columns, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3)
+            image = Image.fromarray(x.flatten(0, 1).numpy())                     # columns S squared
             image.save(file, "webp", lossless=side < 64, quality=80)
-            pages.append("data:image/webp;base64," + b64encode(file.getvalue()).decode())
-            if len(pages) == 1:
-                print(f"{total} pictures, about {total * len(pages[0]) / len(points) / 1e6:.1f} MB")
+            sheets.append("data:image/webp;base64," + b64encode(file.getvalue()).decode())
+            if len(sheets) == 1:
+                print(f"{total} pictures, about {len(settings) * len(sheets[0]) / 1e6:.2g} MB")
             bar.update(len(points))
-    about = f"Checkpoint {Path(args.checkpoint).name}; {model.config['sampler']['steps']} steps."
-    content = dict(rewards=model.rewards, levels=levels, base=base, points=points, prompts=prompts,
-                   seeds=seeds, weights=weights, names=names, measured=measured, side=side,
-                   columns=columns, sheets=pages, about=about)
+    about = (f"Checkpoint {Path(args.checkpoint).name}, {model.config['sampler']['steps']} steps a "
+             "picture. The page begins nearest to its own targets."
+             + " At most two sliders leave that place at once." * (len(points) < K ** R))
+    content = dict(rewards=rewards, levels=levels, base=base, points=points, prompts=prompts,
+                   seeds=seeds, weights=guidances, names=names, measured=measured, side=side,
+                   columns=columns, sheets=sheets, about=about)
     template = (Path(__file__).parent / "docs" / "page.html").read_text(encoding="utf-8")
     filled = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-    write_text(Path(args.page), template.replace("const DATA = null;", f"const DATA = {filled};"))
+    write_text(path, template.replace("const DATA = null;", f"const DATA = {filled};"))
+    print(f"wrote {path}")
 
+
+def measurable(model: Model, prompts: list[str]) -> list[str]:
+    """The rewards of a model that can be measured again in pictures of these prompts."""
+    return [name for name in ANALYTIC if name in model.rewards
+            and (name != "alignment" or all(map(reads, prompts)))]
 
 if __name__ == "__main__":
     run(main)

@@ -63,7 +63,7 @@ class Args:
     data: str = flag(None, "DATA of data.py; default: the embedded world, in runs/world")
     out: str = flag(None, "folder of the run; default: runs/PRESET")
     rewards: str = flag("all", "all, none, or a,b,c: what the network is told")
-    minutes: float = flag(None, "what all of it may take: as many steps as fit", 0.1)
+    minutes: float = flag(None, "what all of it may take: as many steps as fit", 0.1, 1e6)
     steps: int = flag(None, "optimizer steps, instead of --minutes", 1)
     batch: int = flag(None, "samples a step, over all ranks", 1)
     accumulate: int = flag(1, "micro-batches a step and rank", 1)
@@ -223,14 +223,15 @@ def fix_steps(state: "State", args: Args, batches: "Batches", device, rank: int,
         return
     trial = start(copy.deepcopy(state.net), args, state.config, ranks)
     quick = replace(args, steps=2 ** 62)
-    for step in range(12):
+    for step, batch in enumerate(batches.loader(0, 12)):
         if step == 4:                                             # the first few are slower
             began = time.time()
-        mse, _ = train_step(trial, quick, step, on_device(batches[step], device), ranks, dtype)
+        mse, _ = train_step(trial, quick, step, on_device(batch, device), ranks, dtype)
     float(mse[0])                                                 # a GPU has come here, too
     rate = 8 * args.batch / (time.time() - began)
     left = 60 * args.minutes - (time.time() - BEGAN)
-    steps = torch.tensor(int((0.95 * left * rate - DRAWN) / args.batch))
+    drawn = DRAWN if args.data is None else DRAWN // 8            # nothing is evaluated then
+    steps = torch.tensor(int((0.95 * left * rate - drawn) / args.batch))
     if ranks > 1:
         dist.broadcast(steps, 0)
     if steps < 1:
@@ -298,7 +299,7 @@ def gradient_on_cores(state: "State", args: Args, batch: list, ranks: int, dtype
 
 @cache
 def pool(cores: int) -> ThreadPoolExecutor:
-    """As many threads, which stay."""
+    """As many threads, kept from step to step."""
     return ThreadPoolExecutor(cores)
 
 
@@ -361,11 +362,11 @@ class Batches(torch.utils.data.Dataset):
         samples = [(self.data.shards[number], row) for number, row in self.held_out[:48]]
         return [shard.caption(span(shard.ends["pair_ends"], row)[0]) for shard, row in samples]
 
-    def loader(self, first: int) -> torch.utils.data.DataLoader:
-        """The steps from `first` on."""
+    def loader(self, first: int, end: int | None = None) -> torch.utils.data.DataLoader:
+        """The steps from `first` on, to `end` or the last."""
         fork = "fork" if self.args.workers and sys.platform == "linux" else None
         return torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=range(first, self.args.steps),
+            self, batch_size=None, sampler=range(first, end or self.args.steps),
             num_workers=self.args.workers, multiprocessing_context=fork, worker_init_fn=deafen,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator())                # its own: the run's stream is left alone
@@ -862,38 +863,41 @@ def validate(state: State, batches: Batches, args: Args, device) -> float:
 
 def finish(out: Path, shown: sample.Model, embedded: bool) -> None:
     """After the last step: evaluate on the embedded world, say what is there."""
+    found = {}
     if embedded:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))              # the others are done
         torch.set_num_threads(ranks_here * torch.get_num_threads())
-        evaluate.evaluate_folder(shown, out)
-    write_card(out, shown.config)
+        found = evaluate.evaluate_folder(shown, out)
+    if not (out / "README.md").exists():                                     # or it is the user's
+        write_card(out, shown.config, found)
     print(f"{out} has the checkpoint, log.jsonl and grids of pictures; try\n"
           f"python sample.py --checkpoint {shlex.quote(str(out))} --prompt "
           f"{shlex.quote(shown.config['prompts'][0])}")
 
 
-def write_card(out: Path, config: dict) -> None:
-    """README.md: with it the folder is a repository of the hub as it is."""
-    args, request = config["args"], " ".join(config["targets"]) or "all=1"
-    recipe = "".join(f"| `--{key.replace('_', '-')}` | {value} |\n" for key, value in args.items())
-    table = ""
-    if (out / "evaluation.json").exists():
-        means = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))[request]
+def write_card(out: Path, config: dict, found: dict) -> None:
+    """README.md, with which the folder is a repository of the hub as it is. found: what
+    evaluate_folder returned, or nothing."""
+    told, request = ", ".join(config["network"]["rewards"]), " ".join(config["targets"]) or "all=1"
+    recipe = "".join(f"| `--{key.replace('_', '-')}` | {value} |\n"
+                     for key, value in config["args"].items()
+                     if key != "minutes" and value is not None)
+    prompt, table = shlex.quote(config["prompts"][0]), ""
+    if found:
         table = f"\nUnseen captions, asked for `{request}`:\n\n| measure | mean |\n|---|---|\n" + \
-            "".join(f"| {name} | {value:.3f} |\n" for name, value in means.items())
-    told, prompt = ", ".join(config["network"]["rewards"]), shlex.quote(config["prompts"][0])
+            "".join(f"| {name} | {value:.3f} |\n" for name, value in found[request].items())
     write_text(out / "README.md", f"""---
 pipeline_tag: text-to-image
 tags: [text-to-image, flow-matching, miro]
 ---
 # {out.resolve().name}
 
-A text-to-image network, trained as in [MIRO](https://arxiv.org/abs/2510.25897) for {args["steps"]}
-steps. It was told {told or "no reward"}. Its licence is yours to choose: add it above, as
-`license: mit`.
+A text-to-image network, trained for {config["args"]["steps"]} steps by the code of
+[MIRO](https://arxiv.org/abs/2510.25897) in one sitting. It was told {told or "no reward"}.
+Its licence is yours to choose: add it above, as `license: mit`.
 
 ```sh
-python sample.py --checkpoint OWNER/NAME --prompt {prompt} --targets {request}
+python sample.py --checkpoint OWNER/NAME --prompt {prompt}{f" --targets {request}" * bool(told)}
 ```
 {table}
 | flag of train.py | value |

@@ -15,6 +15,7 @@ from conftest import run
 from PIL import Image
 
 import sample
+from data import read_json, write_json
 from shapes import ANALYTIC, score_all
 
 CHROMIUM = shutil.which("chromium")
@@ -38,7 +39,7 @@ def tile(data: dict, sheet: int, k: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("flags, levels, points", [
-    (["--page-pictures", 1000], 3, 3 ** 5), (["--page-pictures", 100], 3, 1 + 5 * 2 + 10 * 4)])
+    (["--page-pictures", 1000], 3, 3 ** 5), (["--page-pictures", 300], 3, 1 + 5 * 2 + 10 * 4)])
 def test_its_pictures_and_levels_are_those_of_the_settings_that_it_shows(
         checkpoint, tmp_path, flags, levels, points):
     _, data = page(checkpoint, tmp_path / "p.html", "--prompt", "a red circle", *flags)
@@ -55,14 +56,27 @@ def test_its_pictures_and_levels_are_those_of_the_settings_that_it_shows(
         assert data["measured"][sheet][k] == pytest.approx([100 * level for level in got], abs=1)
 
 
-def test_a_caption_cannot_end_the_script_and_a_baseline_has_no_sliders(checkpoint, tmp_path):
-    (tmp_path / "p.txt").write_text("</script><b>a red circle\n")
-    code, _, stderr = run("sample.py", "--checkpoint", checkpoint, "--prompts", tmp_path / "p.txt",
-                          "--page", tmp_path / "p.html", "--steps", 1, "--page-pictures", 1)
-    assert code == 2 and "unknown word" in stderr                     # this encoder knows few words
-    text, _ = page(checkpoint, tmp_path / "q.html", "--prompt", "a <red> circle", "--steps", 1,
-                   "--page-pictures", 1)
+def test_a_caption_cannot_end_the_script(checkpoint, tmp_path):
+    text, data = page(checkpoint, tmp_path / "q.html", "--prompt", "a <red> circle</",
+                      "--page-pictures", 204)
     assert "<red>" not in text and text.count("</script>") == 1
+    assert data["prompts"] == ["a <red> circle</"]
+
+
+def test_what_cannot_be_a_page_ends_before_a_picture_is_made(checkpoint, tmp_path):
+    (tmp_path / "folder").mkdir()
+    silent = shutil.copytree(checkpoint, tmp_path / "silent")
+    config = read_json(silent / "config.json")
+    write_json(silent / "config.json", config | dict(prompts=[]))
+    for flags, said in ((["--page-pictures", 203], "1 prompts and 5 rewards take 204: allow for"),
+                        (["--page", tmp_path / "folder"], "is a folder: name a file"),
+                        (["--n", 2], "--page takes no --sweep, --best-of, --by or --n"),
+                        (["--checkpoint", silent], "silent names no prompts: give --prompt")):
+        prompt = [] if silent in flags else ["--prompt", "a red circle"]
+        code, out, stderr = run("sample.py", "--checkpoint", checkpoint, "--page",
+                                tmp_path / "p.html", *prompt, *flags)
+        assert code == 2 and said in stderr and not out, stderr
+    assert not (tmp_path / "p.html").exists()
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")

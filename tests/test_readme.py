@@ -25,7 +25,7 @@ TOY = {
     "train.py": "--steps 2 --world 200 --val 8 --batch 8 --blocks 1 --layers 1 --latents 8 "
                 "--latent-dim 32 --data-dim 32 --sample-every 2 --keep-every 1 --workers 0",
     "shapes.py": "--n 200",
-    "sample.py": "--steps 2 --page-pictures 1",
+    "sample.py": "--steps 2 --page-pictures 999",
     "data.py encode": f"--size 16 --vae {ROOT}/tests/release/vae "
                       f"--text-encoder {ROOT}/tests/release/t5",
     "rewards.py": "--workers 0",

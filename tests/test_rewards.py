@@ -291,12 +291,14 @@ def test_a_table_has_a_row_a_pair(data, tmp_path, monkeypatch):
     assert code == 0, stderr
     with open(tmp_path / "t" / "scores.csv", newline="") as file:
         head, *rows = csv.reader(file)
-    shards, names = Data(data).shards, head[2:]
-    assert head[:2] == ["key", "caption"] and tuple(names) == ANALYTIC
+    shards, names = Data(data).shards, head[3:]
+    assert head[:3] == ["shard", "key", "caption"] and tuple(names) == ANALYTIC
     wanted = [row for shard in shards for row in read_scores(shard, names).tolist()]
-    assert [[float(value) for value in row[2:]] for row in rows] == wanted
-    assert [row[1] for row in rows] == [text for shard in shards for text in shard.captions]
-    assert rows[0][0] == shards[0].keys[0]
+    assert [[float(value) for value in row[3:]] for row in rows] == wanted
+    assert [row[2] for row in rows] == [text for shard in shards for text in shard.captions]
+    assert rows[0][:2] == [shards[0].name, shards[0].keys[0]]
+    code, _, stderr = run("rewards.py", data, "--table", tmp_path)
+    assert code == 2 and "is a folder: name a file" in stderr
     code, _, stderr = run("rewards.py", data, "--table", tmp_path / "no")
     assert code == 0                                                       # any other name is CSV
     monkeypatch.setitem(sys.modules, "pandas", None)
@@ -314,3 +316,7 @@ def test_a_notebook_scores_any_pictures(data):
     names, pictures = ["contrast", "alignment"], torch.from_numpy(shard.read("pixels"))
     found = rewards.score(names, pictures, [shard.caption(k) for k in range(shard.rows)])
     assert np.array_equal(found, read_scores(shard, names)) and found.shape == (shard.rows, 2)
+    with pytest.raises(UserError, match="unknown reward 'beauty'"):
+        rewards.score(["beauty"], pictures[:1], ["a red circle"])
+    with pytest.raises(AssertionError, match="2 pictures, 1 captions"):
+        rewards.score(["contrast"], pictures[:2], ["a red circle"])

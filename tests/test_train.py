@@ -489,7 +489,7 @@ def test_a_run_is_a_repository_of_the_hub_with_a_model_card(checkpoint, tmp_path
     assert sample.load(tmp_path).rewards == shapes.ANALYTIC             # it is all that is needed
     card = (checkpoint / "README.md").read_text()
     assert card.startswith("---\npipeline_tag: text-to-image\n") and "\n| `--lr` | 0.002 |" in card
-    assert "for 8\nsteps" in card and "told alignment, colorfulness" in card
+    assert "for 8 steps" in card and "None" not in card and "told alignment, colorfulness" in card
     [command] = re.findall("^python (.*)$", card, re.M)
     script, *words = shlex.split(command.replace("OWNER/NAME", str(tmp_path)))
     code, _, stderr = run(script, *words, "--out", tmp_path / "a.png", "--steps", 1)
@@ -647,6 +647,12 @@ def test_one_command_scores_bins_trains_and_evaluates_the_world(tmp_path, monkey
     assert config["network"]["rewards"] == [*shapes.ANALYTIC]
     assert config["targets"] == sample.WORLD_TARGETS
     assert "alignment by task" in stdout and "python sample.py --checkpoint" in stdout
+    card = Path("runs/shapes/README.md")
+    assert "asked for `all=0.75 alignment=1`" in card.read_text()
+    card.write_text("license: mit")                                   # the user's, from now on
+    run("evaluate.py", "shapes", "runs/shapes", "--n", 6, "--targets", "all=0.5")
+    code, _, stderr = run("train.py", *TINY, "--world", 300, "--steps", 2, "--keep-every", 1)
+    assert code == 0 and card.read_text() == "license: mit", stderr
 
 
 def test_minutes_become_steps_which_the_run_keeps(world, tmp_path, monkeypatch, capsys):
