@@ -94,6 +94,7 @@ def write_table(data: Data, names: Sequence[str], path: Path) -> None:
     """A row a pair: shard, key, caption and scores, as CSV; NAME.parquet, where pandas can write
     it."""
     def write(temporary: Path) -> None:
+        """All rows, shard by shard."""
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
             table.writerow(["shard", "key", "caption", *names])
