@@ -24,6 +24,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -249,8 +250,17 @@ def due(done: int, every: int, args: Args) -> bool:
 
 def train_step(state: "State", args: Args, step: int, batch: list, ranks: int, dtype) -> tuple:
     """One optimizer step on this rank's share of the batch: mse (b,), and the gradient's norm."""
-    gradient = gradient_on_cores if ranks == 1 and batch[0].device.type == "cpu" else gradient_of
-    mse = gradient(state, args, batch, ranks, dtype)                             # (b,)
+    device = batch[0].device.type
+
+    def loss(micro: list) -> tuple:
+        """mse (b,) of a micro-batch, and its part of the share's mean loss."""
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            mse, weighted = flow.loss(state.model, *micro)                       # (b,), (b,)
+        return mse.detach(), weighted.sum() / len(batch[0])
+
+    on_cores = ranks == 1 and device == "cpu"
+    micros = micro_batches(batch, args.accumulate * (torch.get_num_threads() if on_cores else 1))
+    mses = gradient_on_cores(state, micros, loss) if on_cores else gradient(state, micros, loss)
     norm = torch.nn.utils.clip_grad_norm_(state.net.parameters(), args.clip)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
@@ -261,40 +271,38 @@ def train_step(state: "State", args: Args, step: int, batch: list, ranks: int, d
     with torch.no_grad():
         torch._foreach_lerp_(list(state.average.parameters()), list(state.net.parameters()),
                              1 - decay)
-    return mse, norm
+    return torch.cat(mses), norm
 
 
-def gradient_of(state: "State", args: Args, batch: list, ranks: int, dtype) -> torch.Tensor:
-    """The gradient of the share's mean loss, into .grad: mse (b,). Micro-batches add up to it, and
-    DDP averages it over the ranks after the last."""
-    micros, mses = micro_batches(batch, args.accumulate), []
+def gradient(state: "State", micros: list, loss: Callable) -> list:
+    """The gradient of all micro-batches, into .grad, and their mse. DDP averages it over the ranks
+    after the last."""
+    mses, shared = [], isinstance(state.model, DistributedDataParallel)
     for micro in micros:
-        quiet = state.model.no_sync() if ranks > 1 and micro is not micros[-1] else nullcontext()
-        with quiet, torch.autocast(micro[0].device.type, dtype, enabled=dtype != torch.float32):
-            mse, weighted = flow.loss(state.model, *micro)                       # (b,), (b,)
-            (weighted.sum() / len(batch[0])).backward()
-        mses.append(mse.detach())
-    return torch.cat(mses)
+        with state.model.no_sync() if shared and micro is not micros[-1] else nullcontext():
+            mse, part = loss(micro)
+            part.backward()
+        mses.append(mse)
+    return mses
 
 
-def gradient_on_cores(state: "State", args: Args, batch: list, ranks: int, dtype) -> torch.Tensor:
+def gradient_on_cores(state: "State", micros: list, loss: Callable) -> list:
     """The same, each micro-batch by one core. Cores that share each small matrix product wait for
     one another after each, and for ever if another program takes one of them."""
     parameters, mses, cores = list(state.net.parameters()), [], torch.get_num_threads()
 
-    def gradient(micro: list) -> tuple:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            mse, weighted = flow.loss(state.model, *micro)                       # (b,), (b,)
-            return mse.detach(), torch.autograd.grad(weighted.sum() / len(batch[0]), parameters,
-                                                     materialize_grads=True)
+    def one(micro: list) -> tuple:
+        """mse (b,) and gradient of a micro-batch."""
+        mse, part = loss(micro)
+        return mse, torch.autograd.grad(part, parameters, materialize_grads=True)
 
     torch.set_num_threads(1)
-    for mse, grads in pool(cores).map(gradient, micro_batches(batch, args.accumulate * cores)):
+    for mse, grads in pool(cores).map(one, micros):
         mses.append(mse)
         for p, grad in zip(parameters, grads):                # in the order of the micro-batches
             p.grad = grad if p.grad is None else p.grad + grad
     torch.set_num_threads(cores)
-    return torch.cat(mses)
+    return mses
 
 
 @cache
