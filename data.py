@@ -31,6 +31,7 @@ import pickle
 import platform
 import re
 import shlex
+import shutil
 import signal
 import struct
 import sys
@@ -283,6 +284,11 @@ def best_device() -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     return torch.device("mps" if torch.backends.mps.is_available() and alone else "cpu")
+
+
+def compiles(device: torch.device) -> bool:
+    """Does torch.compile pay? On CUDA, where there is the C compiler that it calls."""
+    return device.type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:

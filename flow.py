@@ -42,7 +42,8 @@ def loss(model, x_0, eps, t, s, text, text_mask, self_condition):
             z = model(x_t, t, s, text, text_mask)[1]                             # (B, M, D)
         # What autocast cast here has no gradient, and some versions of torch use it again below.
         torch.clear_autocast_cache()
-        z = z * self_condition.to(z.device).view(-1, 1, 1)                       # (B, M, D)
+        coins = self_condition.to(z.device, non_blocking=True)                   # (B,)
+        z = z * coins.view(-1, 1, 1)                                             # (B, M, D)
     v, _, u = model(x_t, t, s, text, text_mask, z)                               # v (B, C, H, W)
     mse = (v.float() - (eps - x_0)).square().mean((1, 2, 3))                     # (B,)
     return mse, mse / u.exp() + u                                                # (B,), (B,)

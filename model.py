@@ -144,6 +144,12 @@ class TextRIN(nn.Module):
         keys_values = [block.read_condition.attention.keys_values(tokens) for block in self.blocks]
         return keys_values, F.pad(mask, (1, 0), value=True)                      # (B, 1 + K)
 
+    def compile(self, *args, **kwargs):
+        """Each layer by itself: one is compiled for all of its kind, in a third of the time of the
+        whole, which is 4 % faster after that."""
+        for layer in (*self.text_layers, *self.blocks):
+            layer.compile(*args, **kwargs)
+
     def inner_matrices(self) -> list:
         """The matrices of the layers between embeddings and heads: those that Muon trains."""
         inner = (self.text_layers, self.previous_mlp, self.blocks)

@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 import shapes
 from data import (BROKEN, MAX_LEFT_OUT, MAX_PIXELS, Data, Parser, Shard, UserError, array_digest,
-                  best_device, between, decode, first_line, hold, pinned, printable, read_json,
-                  refuse_too_many, run, seal, to_rgb, unseal, write_whole)
+                  best_device, between, compiles, decode, first_line, hold, pinned, printable,
+                  read_json, refuse_too_many, run, seal, to_rgb, unseal, write_whole)
 from shapes import ANALYTIC
 
 
@@ -566,12 +566,16 @@ class JinaCLIP:
         fill(both, folder / "model.safetensors", self.NAMES, partial(merged, config))
         for parameter in both.parameters():      # in bf16 the rotary tables would be too coarse
             parameter.data = parameter.to(device, dtype)
+        if compiles(device):     # twice as fast: its hidden layers are 2730 wide, which GPUs hate
+            self.image.compile()
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(self.TOKENS)      # the file asks for 77, for padding, too
         self.tokenizer.enable_padding(pad_id=1, pad_token="<pad>")
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.image(normalised(pixels, self.dtype)).float(), dim=-1)   # (B, D)
+        pixels = normalised(pixels, self.dtype)
+        torch._dynamo.maybe_mark_dynamic(pixels, 0)         # batches of all sizes: compiled once
+        return F.normalize(self.image(pixels).float(), dim=-1)                   # (B, D)
 
     def judge(self, seen: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """(B, D) of see, B prompts → the cosine (B,)."""
@@ -745,7 +749,8 @@ def main() -> None:
     add("data", help="DATA, as python data.py import writes it")
     add("--rewards", default="analytic", help="analytic: those that suit the captions (default); "
         f"all: the paper's seven; or some of {','.join(REWARDS)}")
-    add("--batch", type=between(int, 1), default=32, help="pictures at once, in each process")
+    add("--batch", type=between(int, 1), default=128 if torch.cuda.is_available() else 32,
+        help="pictures at once, in each process (default: %(default)s)")
     add("--workers", type=between(int), default=0, help="processes that read pictures, per rank")
     add("--models", help="folder with OWNER/NAME/files of the hub; default: from the hub")
     add("--pin", nargs="+", default=[], metavar="OWNER/NAME@COMMIT", help="what the hub gives")

@@ -47,9 +47,9 @@ import rewards
 import sample
 import shapes
 from data import (PRECISIONS, T5, VAE, Data, Order, Parser, Shard, UserError, Words, best_device,
-                  between, digest, file_digest, first_line, hold, make_folder, pad, precision,
-                  rank_store, refuse_too_many, run, span, stream, write_json, write_text,
-                  write_whole)
+                  between, compiles, digest, file_digest, first_line, hold, make_folder, pad,
+                  precision, rank_store, refuse_too_many, run, span, stream, write_json,
+                  write_text, write_whole)
 
 
 def flag(default, words: str, low: float = 0, high: float = 2 ** 62, choices=None):
@@ -86,7 +86,7 @@ class Args:
     wait: float = flag(10.0, "minutes that ranks wait for one that does not come", 0.01)
     seed: int = flag(0, "of weights, order and noise (the embedded world has its own)")
     precision: str = flag("auto", "auto: bf16 on CUDA, else fp32", choices=PRECISIONS)
-    compile: bool = flag(False, "torch.compile")
+    compile: bool = flag(None, "torch.compile of the layers (default: on CUDA)")
     workers: int = flag(None, "processes that make batches, per rank")
     text_encoder: str = flag(None, "latents: where the T5 of the encoded DATA is now")
     vae: str = flag(None, "latents: where its VAE is now")
@@ -577,7 +577,9 @@ def start(net: torch.nn.Module, args: Args, config: dict, ranks: int) -> State:
         average.load_state_dict(found["average"])
         for optimizer, before in zip(optimizers, found["optimizers"]):
             optimizer.load_state_dict(before)
-    trained = torch.compile(net) if args.compile else net     # net keeps its names: no _orig_mod
+    trained = net
+    if args.compile:
+        net.compile()
     if ranks > 1:
         # Buffers are constants. Sent at each forward pass, those of the pass of self-conditioning,
         # which some ranks have and some have not, would meet what other ranks send.
@@ -945,6 +947,8 @@ def read_args(argv=None) -> tuple[Args, dict]:
     args.out = args.out or f"runs/{args.preset}"
     if args.rewards not in ("all", "none"):
         rewards.names_of(args.rewards)
+    if args.compile is None:
+        args.compile = compiles(best_device())
     shares = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if args.batch % shares:
         raise UserError(f"--batch {args.batch} is for all ranks and micro-batches together: "
