@@ -345,7 +345,10 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 def normalised(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 (B, 3, n, n) → zero mean and unit variance a channel, as all of them expect."""
     mean, std = (torch.tensor(a, device=pixels.device).view(3, 1, 1) for a in (MEAN, STD))
-    return ((pixels / 255 - mean) / std).to(dtype)                               # (B, 3, n, n)
+    x = ((pixels / 255 - mean) / std).to(dtype)                                  # (B, 3, n, n)
+    if x.is_cuda:
+        torch._dynamo.maybe_mark_dynamic(x, 0)       # compiled once, for all B
+    return x
 
 
 def pretrained(folder: Path, kind: type, more: bool = False, dtype=torch.float32) -> nn.Module:
@@ -519,6 +522,8 @@ class ImageReward:
         fill(nn.ModuleDict({"vision": self.vision, "text": self.text, "mlp": self.mlp}),
              folders[0] / "ImageReward.pt", self.NAMES)
         self.vision.to(device, dtype)
+        if compiles(device):                         # transformers' own attention is not fused
+            self.vision.compile()
         self.text.to(device, dtype)
         self.mlp.to(device)
 
@@ -566,16 +571,14 @@ class JinaCLIP:
         fill(both, folder / "model.safetensors", self.NAMES, partial(merged, config))
         for parameter in both.parameters():      # in bf16 the rotary tables would be too coarse
             parameter.data = parameter.to(device, dtype)
-        if compiles(device):     # twice as fast: its hidden layers are 2730 wide, which GPUs hate
+        if compiles(device):         # twice as fast: 2730 wide layers are slow, if not padded to 8
             self.image.compile()
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(self.TOKENS)      # the file asks for 77, for padding, too
         self.tokenizer.enable_padding(pad_id=1, pad_token="<pad>")
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        pixels = normalised(pixels, self.dtype)
-        torch._dynamo.maybe_mark_dynamic(pixels, 0)         # batches of all sizes: compiled once
-        return F.normalize(self.image(pixels).float(), dim=-1)                   # (B, D)
+        return F.normalize(self.image(normalised(pixels, self.dtype)).float(), dim=-1)   # (B, D)
 
     def judge(self, seen: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """(B, D) of see, B prompts → the cosine (B,)."""
