@@ -276,3 +276,12 @@ def test_bf16_autocast_changes_little_and_stays_finite():
     loud = model(**call | dict(x_t=1e4 * call["x_t"]))[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert (model(**call | dict(x_t=1e4 * call["x_t"]))[0] - loud).std() < 0.05 * loud.std()
+
+
+def test_compiling_covers_every_layer_in_place_and_the_names_of_tensors_stay():
+    net, used = alive(), []
+    names, before = list(net.state_dict()), net(**inputs())
+    net.compile(backend=lambda graph, _: used.append(graph) or graph.forward)
+    assert same(net(**inputs()), before)
+    assert len(used) >= 2 and list(net.state_dict()) == names
+    assert all(layer._compiled_call_impl for layer in (*net.text_layers, *net.blocks))
