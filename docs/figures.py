@@ -2,13 +2,13 @@
 
     python docs/figures.py                      # ten figures, from the world and assets/shapes
     python docs/figures.py --only path control  # some of them
-    python docs/figures.py --run runs/long --hacked runs/hacked      # the two that need more runs:
-        # python train.py --steps 4500 --keep-every 100 --out runs/long
-        # python train.py --steps 4500 --rewards colorfulness --out runs/hacked
+    python docs/figures.py --only --run runs/long --hacked runs/hacked    # the two that need runs
 """
 import sys
 import textwrap
+from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,15 +57,26 @@ def world(first: int, n: int, clean: bool = False) -> tuple[torch.Tensor, list[s
             [caption for _, caption in drawn])
 
 
-def batch(model: sample.Model, first: int, n: int, clean: bool = False) -> dict:
-    """n pictures that training never saw, as the network wants them: x_0, eps, s, text, mask."""
+class Batch(NamedTuple):
+    """Arguments of flow.loss and of the network."""
+    x_0: torch.Tensor
+    eps: torch.Tensor
+    s: torch.Tensor
+    text: torch.Tensor
+    text_mask: torch.Tensor
+
+
+def batch(model: sample.Model, first: int, n: int, clean: bool = False) -> Batch:
+    """n pictures that training never saw, as the network wants them."""
     pictures, captions = world(first, n, clean)
     mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
     text, mask = pad(model.encoder.states(captions))
     s = model.bins.to_target(shapes.score_all(NAMES, pictures, captions).numpy())
     eps = stream(0, "draws", first).standard_normal((n, *pictures.shape[1:]), np.float32)
-    return dict(x_0=(pictures - mean) / std, eps=torch.from_numpy(eps), s=torch.from_numpy(s),
-                text=text, text_mask=mask)
+    return Batch((pictures - mean) / std, torch.from_numpy(eps), torch.from_numpy(s), text, mask)
+
+
+RINGS = 20005                    # a clean picture of the world that figures show: two red circles
 
 
 def data(model: sample.Model) -> Figure:
@@ -77,7 +88,7 @@ def data(model: sample.Model) -> Figure:
     rows = figure.subplots(2, 8, height_ratios=(3, 2))
     for i, (top, low) in enumerate(rows.T):
         paint(top, pictures[i], textwrap.fill(captions[i], 20))
-        low.barh(range(5), levels[i], color=HUES.values(), height=0.7, alpha=0.5)
+        low.barh(range(5), levels[i] + 0.02, color=HUES.values(), height=0.7, alpha=0.5)
         for k, score in enumerate(scores[i]):
             low.text(0.03, k, f"{score:.3g}", va="center", fontsize=8)
         low.set(xlim=(0, 1), xticks=(0, 0.5, 1), yticks=range(5),
@@ -88,7 +99,7 @@ def data(model: sample.Model) -> Figure:
 
 
 def bins(model: sample.Model) -> Figure:
-    """Scores → quantile edges → levels, of a heavy tail and of ties: binning.fit, Bins.place."""
+    """Scores → quantile edges → levels, of two humps and of ties: binning.fit, Bins.to_target."""
     pictures, captions = world(0, 2000)
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for row, name in zip(figure.subplots(2, 3), ("colorfulness", "alignment")):
@@ -111,17 +122,18 @@ def bins(model: sample.Model) -> Figure:
 @torch.no_grad()
 def path(model: sample.Model) -> Figure:
     """x_t between data and noise, and what the network makes of it: flow.path."""
-    given, times = batch(model, 20005, 1, clean=True), (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
-    x_0, eps, *rest = given.values()
-    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
+    x_0, eps, *told = batch(model, RINGS, 1, clean=True)
+    times = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
+    figure = Figure(figsize=(10.5, 5.2), layout="constrained")
+    figure.suptitle(f"c = \"{world(RINGS, 1, clean=True)[1][0]}\"")
     for t, column in zip(times, figure.subplots(3, len(times)).T):
         x_t = flow.path(x_0, eps, torch.tensor([t]))
-        v = model.net(x_t, torch.tensor([t]), *rest)[0]
+        v = model.net(x_t, torch.tensor([t]), *told)[0]
         for axis, picture in zip(column, (x_t, v, x_t - t * v)):
             paint(axis, to_rgb(model, picture)[0])
         column[0].set_title(f"t = {t:g}")
     for axis, label in zip(figure.axes[::len(times)], (
-            "x_t = (1 - t) x_0 + t eps", "v_θ(x_t, t, s, c)", "x_t - t v_θ:\nits guess of x_0")):
+            "x_t =\n(1 - t) x_0 + t eps", "v_θ(x_t, t, s, c)", "x_t - t v_θ:\nits guess of x_0")):
         axis.set_ylabel(label)
     return figure
 
@@ -129,8 +141,8 @@ def path(model: sample.Model) -> Figure:
 @torch.no_grad()
 def loss(model: sample.Model) -> Figure:
     """The error of the velocity over t, told the true levels and others': flow.loss."""
-    given, times = batch(model, 30000, 256), np.linspace(0.02, 0.98, 17)
-    x_0, eps, s, text, mask = given.values()
+    x_0, eps, s, text, mask = batch(model, 30000, 256)
+    times = np.linspace(0.02, 0.98, 17)
     lines = {"told the true levels": s, "told those of another picture": s.roll(1, 0)}
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axis, never = figure.subplots(), torch.zeros(len(s)).bool()
@@ -140,7 +152,7 @@ def loss(model: sample.Model) -> Figure:
         axis.plot(times, torch.stack(errors).mean(1), label=label)
     t = torch.from_numpy(times).float()
     axis.plot(times, model.net.log_variance(1 - t).exp(), "k:", label="exp u(t): what it expects")
-    axis.set(xlabel="t: 0 is data, 1 is noise", ylabel="mean squared error of v", yscale="log")
+    axis.set(xlabel="t: 0 is data, 1 is noise", ylabel="mean squared error of v", ylim=(0, None))
     axis.legend()
     return figure
 
@@ -162,38 +174,43 @@ def network(model: sample.Model) -> Figure:
         axis.text((start[0] + end[0]) / 2 + 0.8, (start[1] + end[1]) / 2, text, va="center",
                   color=color)
 
-    reward, words, plain, latent = "#ffd8d4", "#d8e4ff", "#eeeeee", "#ddf3dd"
-    box(2, 44, 26, 6, f"s: {R} levels\n→ {R} reward tokens", reward)
-    box(32, 44, 26, 6, f"{c.registers} learned registers", plain)
-    box(62, 44, 36, 6, f"c: L words, (L, {c.text_dim})\n→ L tokens", words)
-    box(18, 33, 64, 6, f"2 layers of self-attention → condition tokens ({R} + {c.registers} + L, "
-        f"{c.latent_dim})", plain)
+    reward, words, plain, latent, inner = "#ffd8d4", "#d8e4ff", "#eeeeee", "#ddf3dd", "#fafafa"
+    box(2, 45, 26, 5.5, f"s: {R} levels\n→ {R} reward tokens", reward)
+    box(32, 45, 26, 5.5, f"{c.registers} registers:\nlearned tokens, scratch space", plain)
+    box(62, 45, 36, 5.5, f"c: L words, (L, {c.text_dim})\n→ L tokens", words)
+    box(18, 35, 64, 5.5, f"{len(model.net.text_layers)} layers of self-attention → condition "
+        f"tokens ({R} + {c.registers} + L, {c.latent_dim})", plain)
     for x in (15, 45, 80):
-        arrow((x, 44), (min(max(x, 22), 78), 39.4))
-    box(2, 20, 22, 7, f"x_t ({c.channels}, {c.size}, {c.size})\n→ {N} patches", plain)
-    box(2, 6, 22, 7, f"data tokens\n({N}, {c.data_dim})", plain)
-    arrow((13, 20), (13, 13.4))
-    box(40, 15, 26, 8, f"latents z ({c.latents}, {c.latent_dim})\n+ embedded time t", latent)
-    arrow((53, 33), (53, 23.4), "read the condition", HUES["colorfulness"])
-    arrow((24.4, 11), (39.6, 18))
-    axis.text(30, 16.6, "read", ha="center", color="#555")
-    arrow((40, 15.6), (24.4, 7.6))
-    axis.text(34, 10, "write", ha="center", color="#555")
-    box(74, 15, 24, 8, f"compute: {c.layers} layers of\nself-attention and MLP", latent)
-    arrow((66.4, 20.5), (73.6, 20.5))
-    arrow((73.6, 17), (66.4, 17))
-    box(40, 2, 58, 6, f"data tokens → v ({c.channels}, {c.size}, {c.size})   and   u(t)", plain)
-    arrow((24.4, 6), (39.6, 5))
-    axis.text(69, 11.5, f"all of it {c.blocks} times, each with weights of its own", ha="center",
+        arrow((x, 44.8), (min(max(x, 22), 78), 41))
+    box(30, 7.5, 68, 22, "", inner)
+    axis.text(31, 27.3, f"this block {c.blocks} times, each with weights of its own",
               color="#555")
+    box(2, 18, 22, 6, f"x_t ({c.channels}, {c.size}, {c.size})\n→ {N} patches", plain)
+    arrow((24.4, 20), (33.6, 14.5))
+    box(34, 9.5, 18, 6, f"data tokens\n({N}, {c.data_dim})", plain)
+    box(62, 18, 30, 6, f"latents ({c.latents}, {c.latent_dim})", latent)
+    arrow((77, 34.6), (77, 24.6), color=HUES["colorfulness"])
+    axis.text(78, 32, "1 read condition and time", color=HUES["colorfulness"])
+    arrow((46, 16), (61.6, 22.5))
+    axis.text(47, 20, "2 read", color="#555")
+    box(62, 9.5, 30, 4.5, f"3 compute: {c.layers} layers of self-attention", latent)
+    arrow((84, 17.6), (84, 14.4))
+    arrow((80, 14.4), (80, 17.6))
+    arrow((61.6, 18.5), (52.6, 14))
+    axis.text(58, 14.8, "4 write", color="#555")
+    box(2, 29, 14, 4.5, "time t", plain)
+    arrow((16.4, 31.5), (76.4, 31.5))
+    box(30, 0.8, 40, 4.5, f"data tokens → v ({c.channels}, {c.size}, {c.size})", plain)
+    arrow((43, 9.2), (43, 5.7))
+    box(76, 0.8, 22, 4.5, "u(t), of t alone", plain)
     return figure
 
 
 @torch.no_grad()
 def token(model: sample.Model) -> Figure:
     """What one reward token changes: the guess of x_0 with s_j = 1 less that with s_j = 0."""
-    given, times = batch(model, 20005, 1, clean=True), (0.95, 0.8, 0.6, 0.4, 0.2)
-    x_0, eps, s, *text = given.values()
+    x_0, eps, s, *text = batch(model, RINGS, 1, clean=True)
+    times = (0.9, 0.8, 0.6, 0.4, 0.2)
     figure = Figure(figsize=(6.4, 7.4), layout="constrained")
     axes = figure.subplots(1 + len(NAMES), len(times))
     for column, t in zip(axes.T, torch.tensor(times)):
@@ -216,8 +233,8 @@ def token(model: sample.Model) -> Figure:
 @torch.no_grad()
 def guidance(model: sample.Model) -> Figure:
     """v⁻, v⁺ and v̂ in the plane of the first two, and what w does: flow.branches."""
-    given, t = batch(model, 20005, 1, clean=True), torch.tensor([0.9])
-    x_0, eps, s, *text = given.values()
+    x_0, eps, s, *text = batch(model, RINGS, 1, clean=True)
+    t, weights, n = torch.tensor([0.9]), (0, 0.5, 1, 2, 4, 8), 64
     x_t = flow.path(x_0, eps, t)
     v_pos, v_neg = (model.net(x_t, t, torch.full_like(s, level), *text)[0].flatten()
                     for level in (1, 0))
@@ -226,55 +243,65 @@ def guidance(model: sample.Model) -> Figure:
     plane = torch.stack([along, off / off.norm()])                               # (2, D)
     ends = {"v⁻": v_neg, "v⁺": v_pos} | {f"v̂, w = {w}": v_pos + w * (v_pos - v_neg)
                                          for w in (1, 2)}
-    weights = (0, 0.5, 1, 2, 4, 8)
-    figure = Figure(figsize=(12, 3), layout="constrained")
-    left, *right = figure.subplots(1, 1 + len(weights), width_ratios=(2.6, *6 * [1]))
+    figure = Figure(figsize=(12.5, 2.8), layout="constrained")
+    left, *right = figure.subplots(1, 1 + len(weights), width_ratios=(2.2, *6 * [1]))
     for (label, v), color in zip(ends.items(), ("#888888", "#4269d0", "#f29e4c", "#e8554d")):
         x, y = (plane @ v).tolist()
         left.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=color, lw=1.8))
-        left.text(x + 0.5, y, label, color=color, va="center")
-    reach = 1.3 * float(max((plane @ v)[0] for v in ends.values()))
-    left.set(xlim=(0, reach), ylim=(-2, 1.25 * float((plane @ ends["v̂, w = 2"])[1])), xticks=[],
-             yticks=[], xlabel="the velocities of one x_t, to scale")
+        left.text(x + 1, y, label, color=color, va="center")
+    reach = 1.35 * float(max((plane @ v)[0] for v in ends.values()))
+    left.set(xlim=(0, reach), ylim=(-4, 1.2 * float((plane @ ends["v̂, w = 2"])[1])), xticks=[],
+             yticks=[], aspect="equal", title="the velocities at one x_t, t = 0.9")
+    left.spines[:].set_visible(False)
     for axis, w in zip(right, weights):
-        x = sample.pictures(model, [PROMPTS[0]], seeds=[3], guidance=w)
-        paint(axis, x[0], f"w = {w}")
+        x = sample.pictures(model, [PROMPTS[0]] * n, seeds=range(n), guidance=w)
+        right_ones = shapes.score_all(("alignment",), x, [PROMPTS[0]] * n).eq(1).float().mean()
+        paint(axis, x[3], f"w = {w}", f"{100 * right_ones:.0f} % right")         # one of them
     return figure
 
 
 @torch.no_grad()
 def sampling(model: sample.Model) -> list[Image.Image]:
     """16 steps from noise to pictures; below, the guess of the end at each: flow.sample."""
-    frames, seen = [], []
-    hook = model.net.register_forward_hook(lambda _, given, found: seen.append(
-        (given[0], float(given[1][0]), found[0])))
-    last = sample.pictures(model, PROMPTS, seeds=range(len(PROMPTS)), steps=16, guidance=1.0)
+    frames, seen, w = [], [], 1.0
+    # What the network is given, x_t, t, ..., and gives, v, z, u: v⁺ of all pictures, then v⁻.
+    hook = model.net.register_forward_hook(lambda _, given, gives: seen.append(
+        (given[0], float(given[1][0]), gives[0])))
+    last = sample.pictures(model, PROMPTS, seeds=range(len(PROMPTS)), steps=16, guidance=w)
     hook.remove()
     for x, t, v in seen:
-        v_pos, v_neg = v.chunk(2)
-        x = x.chunk(2)[0]
-        frames.append((to_rgb(model, x), to_rgb(model, x - t * (2 * v_pos - v_neg)), t))
-    frames.append((last / 255, last / 255, 0.0))
-    return [sheet(rows, f"t = {t:.2f}   above: x_t   below: x_t - t v, the guess of its end")
-            for *rows, t in frames]
+        (v_pos, v_neg), x_t = v.chunk(2), x.chunk(2)[0]
+        guess = x_t - t * ((1 + w) * v_pos - w * v_neg)
+        frames.append(sheet([to_rgb(model, x_t), to_rgb(model, guess)], f"t = {t:.2f}",
+                            ("x_t", "guess of\nits end")))
+    return [*frames, sheet([last / 255] * 2, "t = 0.00", ("x_t", "picture"))]
 
 
-def sheet(rows: list, heading: str) -> Image.Image:
-    """Rows of pictures (3, S, S) in 0 to 1, enlarged, below a line of text."""
-    rows = [[((255 * x).round().to(torch.uint8), ()) for x in row] for row in rows]
-    return sample.grid(rows, 4, [heading])
+def sheet(rows: list, heading: str, labels: tuple) -> Image.Image:
+    """A row of pictures of PROMPTS (6, 3, S, S) for each label, below the prompts, as a frame."""
+    figure = Figure(figsize=(8, 0.7 + 1.25 * len(rows)), layout="constrained")
+    figure.suptitle(heading, x=0.01, ha="left")
+    for axes, row, label in zip(figure.subplots(len(rows), len(PROMPTS)), rows, labels):
+        for axis, picture in zip(axes, row):
+            paint(axis, picture)
+        axes[0].set_ylabel(label)
+    for axis, prompt in zip(figure.axes, PROMPTS):
+        axis.set_title(textwrap.fill(prompt, 17), fontsize=8)
+    file = BytesIO()
+    figure.savefig(file, dpi=80)
+    return Image.open(file).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
 
 
 def training(model: sample.Model, folder: str) -> list[Image.Image]:
     """The same noise and captions as training goes on, by the checkpoints that a run kept."""
-    frames = []
+    frames, asked = [], ("all=0", "all=0.75 alignment=1", "all=1")
     places = sorted(Path(folder).glob("step-*"))
     for place in [*places[:10], *places[11::3]]:                    # more of the start
         then = sample.load(place)
-        rows = [sample.pictures(then, PROMPTS, targets, seeds=range(len(PROMPTS))) / 255
-                for targets in (["all=0"], ["all=0.75", "alignment=1"], ["all=1"])]
-        frames.append(sheet(rows, f"step {int(place.name[5:])}   rows: all=0, all=0.75 alignment=1,"
-                                  " all=1"))
+        rows = [sample.pictures(then, PROMPTS, targets.split(), seeds=range(len(PROMPTS))) / 255
+                for targets in asked]
+        frames.append(sheet(rows, f"step {int(place.name[5:])}",
+                            [targets.replace(" ", "\n") for targets in asked]))
     return frames
 
 
@@ -288,10 +315,10 @@ def control(model: sample.Model) -> Figure:
         moves[row] = (high - low) / model.bins.std
     figure = Figure(figsize=(5.6, 4.4), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(moves, cmap="RdBu", norm=TwoSlopeNorm(0, -2, 4))
-    for (row, column), move in np.ndenumerate(moves):
+    axis.imshow(moves, cmap="RdBu", norm=TwoSlopeNorm(0, -4, 4))
+    for (row, column), move in np.ndenumerate(moves.round(1) + 0.0):             # no -0.0
         axis.text(column, row, f"{move:+.1f}", ha="center", va="center",
-                  color="white" if move > 2.5 else "black")
+                  color="white" if abs(move) > 2 else "black")
     axis.set(xticks=range(5), yticks=range(5), xticklabels=NAMES, yticklabels=NAMES,
              xlabel="this reward moves, in std of the data", ylabel="this target goes from 0 to 1")
     axis.tick_params("x", rotation=20)
@@ -310,7 +337,7 @@ def hacked(model: sample.Model, folder: str) -> Figure:
             asked = [*others, f"colorfulness={level}"]
             x = sample.pictures(judged, [prompt] * 64, asked, seeds=range(64))
             right = shapes.score_all(("alignment",), x, [prompt] * 64).eq(1).float().mean()
-            paint(axis, x[3], f"level {level:g}", f"{100 * right:.0f} % of 64 are right")
+            paint(axis, x[3], f"level {level:g}", f"{100 * right:.0f} % of 64 are right")   # one
         axes[0].set_ylabel(label)
     return figure
 
@@ -325,9 +352,9 @@ def best(model: sample.Model) -> Figure:
         scores = shapes.score_all((name,), middle, texts).view(len(PROMPTS), n)
         curve = [scores.view(len(PROMPTS), -1, size).amax(2).mean() for size in sizes]
         one = sample.pictures(model, texts, ["all=0.5", f"{name}=1"], seeds=range(len(texts)))
-        axis.plot(sizes, curve, "o-", ms=3, color="#888888", label="best of N, all=0.5")
+        axis.plot(sizes, curve, "o-", ms=3, color="#999999", label="best of N, all=0.5")
         axis.axhline(shapes.score_all((name,), one, texts).mean(), color=HUES[name],
-                     label=f"one, all=0.5 {name}=1")
+                     lw=2, label="mean of one, this target 1")
         axis.set(xscale="log", xlabel="N", title=name, xticks=[1, 4, 16, 64],
                  xticklabels=["1", "4", "16", "64"])
         axis.minorticks_off()
@@ -357,8 +384,7 @@ def main() -> None:
         if isinstance(drawn, Figure):
             drawn.savefig(args.out / f"{name}.png", dpi=110)
         else:                                                  # frames; the last one stays longer
-            times = [120] * (len(drawn) - 1) + [2500]
-            drawn = [frame.quantize(256, Image.Quantize.FASTOCTREE) for frame in drawn]
+            times = [400] * (len(drawn) - 1) + [2500]
             drawn[0].save(args.out / f"{name}.gif", save_all=True, append_images=drawn[1:],
                           duration=times, loop=0)
         print(name, flush=True)

@@ -92,7 +92,7 @@ def speed(toy: bool, what: str, code: str):
     net, *around = [part.to(DEVICE).train(what == "training") for part in parts]
     if code == "compiled":
         net.compile(backend="eager" if toy else "inductor")
-    batches = (1, 16) if what == "sampling" else (128,) if code == "compiled" else (32, 64, 128)
+    batches = (1, 16) if what == "sampling" else (128,) if code == "compiled" else (64, 128)
     for B in (2,) if toy else batches:
         i = reference.inputs(size, len(reference.KEYS), B, tokens)
         i["text_mask"][:] = True                             # no padding
@@ -196,7 +196,7 @@ def loop(toy: bool):
     """Images/s of whole steps, as train.py does them, on arrays of the paper's sizes, by the
     loader's batches and by one that is there; from both the share of the time that the device
     waits."""
-    steps, first = (12, 6) if toy else (36, 18)              # before, workers are ahead
+    steps, first = (12, 6) if toy else (28, 14)              # before, workers are ahead
     scale.write_rows("rows", *(ROWS if toy else (2000, 4, 32, 2048, (8, 60))))
     args, batches, state = opened(
         "rows", "--preset", "paper", "--batch", "128", "--workers", "8", "--steps", str(steps),

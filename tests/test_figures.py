@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 from conftest import ROOT
 from PIL import Image
 
@@ -30,7 +31,7 @@ def test_the_tutorial_shows_twelve_figures_which_are_in_the_repository():
     assert len(SHOWN) == len(set(SHOWN)) == 12
     for name, kind in SHOWN:
         with Image.open(ROOT / "docs" / "figures" / f"{name}.{kind}") as image:
-            assert min(image.size) > 200 and getattr(image, "n_frames", 1) >= 17 * (kind == "gif")
+            assert min(image.size) > 150 and getattr(image, "n_frames", 1) >= 17 * (kind == "gif")
 
 
 def test_every_function_that_the_tutorial_names_exists():
@@ -46,6 +47,8 @@ def test_figures_are_drawn_as_they_are_shown(tmp_path):
     for file in tmp_path.iterdir():
         with Image.open(file) as now, Image.open(ROOT / "docs" / "figures" / file.name) as shown:
             assert now.size == shown.size
+            apart = np.asarray(now.convert("L"), int) - np.asarray(shown.convert("L"), int)
+            assert abs(apart).mean() < 6, file.name        # fonts and rounding may differ
 
 
 def test_a_run_that_kept_its_checkpoints_is_drawn_as_it_learns(tmp_path):
@@ -57,4 +60,4 @@ def test_a_run_that_kept_its_checkpoints_is_drawn_as_it_learns(tmp_path):
     draw(tmp_path / "out", "--only", "--run", run, "--hacked", sample.SHIPPED)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"training.gif", "hacked.png"}
     with Image.open(tmp_path / "out" / "training.gif") as image:
-        assert image.size[0] == 600
+        assert image.size[0] == 640 and image.n_frames == 3
