@@ -35,6 +35,7 @@ import shutil
 import signal
 import struct
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import threading
@@ -287,8 +288,10 @@ def best_device() -> torch.device:
 
 
 def compiles(device: torch.device) -> bool:
-    """Does torch.compile pay? On CUDA, where there is the C compiler that it calls."""
-    return device.type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang")))
+    """Does torch.compile pay? On CUDA, where there are the C compiler and header that it needs."""
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return (device.type == "cuda" and header.exists()
+            and any(map(shutil.which, ("cc", "gcc", "clang"))))
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:

@@ -560,7 +560,7 @@ class State:
     """A network in training with everything that a checkpoint holds."""
     net: torch.nn.Module
     average: torch.nn.Module         # the averaged weights (EMA)
-    model: torch.nn.Module           # net, compiled and distributed
+    model: torch.nn.Module           # net, or DDP around it
     optimizers: list
     config: dict
     start: int                       # the first step to do

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run
 from PIL import Image
 
@@ -460,3 +461,15 @@ def test_names_that_are_not_utf_8_and_a_terminal_that_is_not_are_no_hindrance(tm
                           capture_output=True, env=os.environ | dict(LC_ALL="C", PYTHONUTF8="0"))
     assert done.returncode == 0, done.stderr
     assert Data(tmp_path / "out").shards[0].keys == ["caf\\xe9", "é"]
+
+
+def test_a_gpu_compiles_where_a_c_compiler_and_pythons_header_are(monkeypatch, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(data.shutil, "which", lambda name: name if name == "gcc" else None)
+    assert data.compiles(torch.device("cuda")) and not data.compiles(torch.device("cpu"))
+    (tmp_path / "Python.h").unlink()
+    assert not data.compiles(torch.device("cuda"))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    assert not data.compiles(torch.device("cuda"))
