@@ -226,8 +226,8 @@ def compare(folders: Sequence[str], out: Path, args) -> str:
     groups, rows = group_runs(folders), [["told", "seeds", *MEASURES]]
     for label, values in gather(groups, out, args, args.n).items():
         rows.append([label, str(len(values)), *map(mean_error, values.mean((1, 2)).T)])
-    tables = [f"told all: asked for {' '.join(args.targets) or 'all=1'}, guidance {args.guidance} "
-              f"(None: the checkpoint's)\n{table(rows)}"]
+    tables = [f"told all: asked for {' '.join(args.targets) or 'all=1'}, guidance "
+              f"{'its own' if args.guidance is None else args.guidance}\n{table(rows)}"]
     rivals = {label: groups[label] for label in ("none", "all") if label in groups}
     paired = len(rivals) == 2 and rivals["none"].keys() == rivals["all"].keys()
     kept = {tuple(int(place.name[5:]) for place in sorted(folder.glob("step-*")))

@@ -506,7 +506,7 @@ def write_page(args, model: Model, prompts: list[str]) -> None:
                 print(f"{total} pictures, about {len(settings) * len(sheets[0]) / 1e6:.2g} MB")
             bar.update(len(points))
     about = (f"Checkpoint {Path(args.checkpoint).name}, {model.config['sampler']['steps']} steps a "
-             "picture. The page begins nearest to its own targets."
+             "picture. The page begins at the levels nearest to those it recommends."
              + " At most two sliders leave that place at once." * (len(points) < K ** R))
     content = dict(rewards=rewards, levels=levels, base=base, points=points, prompts=prompts,
                    seeds=seeds, weights=guidances, names=names, measured=measured, side=side,

@@ -473,7 +473,9 @@ def score_all(names: Sequence[str], images: torch.Tensor, prompts: Sequence[str]
     assert len(images) == len(prompts), (len(images), len(prompts))
     scores = torch.empty(len(images), len(names))                                # (B, R)
     for r, name in enumerate(names):
-        scores[:, r] = SCORERS[name](images.cpu(), prompts)
+        found = SCORERS[name](images.cpu(), prompts)
+        assert found.shape == scores[:, r].shape, f"{name} gave {found.shape}, not ({len(images)},)"
+        scores[:, r] = found
     return scores
 
 

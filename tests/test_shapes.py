@@ -367,3 +367,10 @@ def test_the_folder_of_another_world_is_refused_and_left_alone(tmp_path, n, seed
 def test_a_world_that_cannot_be_is_refused_and_its_flag_named(tmp_path, flag, value):
     code, _, stderr = run("shapes.py", tmp_path / "new", flag, value)
     assert code == 2 and flag in stderr and not any(tmp_path.iterdir())
+
+
+def test_a_reward_that_gives_one_number_for_a_batch_is_named(monkeypatch):
+    for wrong in (lambda images, _: images.float().mean(), lambda images, _: torch.zeros(4, 1)):
+        monkeypatch.setitem(shapes.SCORERS, "taste", wrong)
+        with pytest.raises(AssertionError, match=r"taste gave .* not \(4,\)"):
+            shapes.score_all(("taste",), torch.zeros(4, 3, 24, 24, dtype=torch.uint8), [""] * 4)
