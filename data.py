@@ -287,10 +287,10 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() and alone else "cpu")
 
 
-def compiles(device: torch.device) -> bool:
+def compiles(device: torch.device | str) -> bool:
     """Does torch.compile pay? On CUDA, where there are the C compiler and header that it needs."""
     header = Path(sysconfig.get_paths()["include"], "Python.h")
-    return (device.type == "cuda" and header.exists()
+    return (torch.device(device).type == "cuda" and header.exists()
             and any(map(shutil.which, ("cc", "gcc", "clang"))))
 
 
