@@ -578,9 +578,9 @@ def start(net: torch.nn.Module, args: Args, config: dict, ranks: int) -> State:
         average.load_state_dict(found["average"])
         for optimizer, before in zip(optimizers, found["optimizers"]):
             optimizer.load_state_dict(before)
-    trained = net
     if args.compile:
         net.compile()
+    trained = net
     if ranks > 1:
         # Buffers are constants. Sent at each forward pass, those of the pass of self-conditioning,
         # which some ranks have and some have not, would meet what other ranks send.

@@ -44,9 +44,14 @@ def paint(axis, picture, title: str = "", below: str = "") -> None:
     axis.spines[:].set_visible(False)
 
 
+def mean_std(model: sample.Model) -> list[torch.Tensor]:
+    """Of what the network sees, a channel, in units of 0 to 255: (3, 1, 1) each."""
+    return [torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std")]
+
+
 def to_rgb(model: sample.Model, x: torch.Tensor) -> torch.Tensor:
     """What the network sees (..., 3, S, S) → 0 to 1."""
-    mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    mean, std = mean_std(model)
     return ((x * std + mean) / 255).clamp(0, 1)
 
 
@@ -68,8 +73,7 @@ class Batch(NamedTuple):
 
 def batch(model: sample.Model, first: int, n: int, clean: bool = False) -> Batch:
     """n pictures that training never saw, as the network wants them."""
-    pictures, captions = world(first, n, clean)
-    mean, std = (torch.tensor(model.config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    (pictures, captions), (mean, std) = world(first, n, clean), mean_std(model)
     text, mask = pad(model.encoder.states(captions))
     s = model.bins.to_target(shapes.score_all(NAMES, pictures, captions).numpy())
     eps = stream(0, "draws", first).standard_normal((n, *pictures.shape[1:]), np.float32)

@@ -47,8 +47,9 @@ def test_figures_are_drawn_as_they_are_shown(tmp_path):
     for file in tmp_path.iterdir():
         with Image.open(file) as now, Image.open(ROOT / "docs" / "figures" / file.name) as shown:
             assert now.size == shown.size
-            apart = np.asarray(now.convert("L"), int) - np.asarray(shown.convert("L"), int)
-            assert abs(apart).mean() < 6, file.name        # fonts and rounding may differ
+            # Coarsely: another matplotlib sets fonts and margins a little otherwise.
+            now, shown = (np.asarray(image.convert("L").reduce(16), int) for image in (now, shown))
+            assert abs(now - shown).mean() < 4 < shown.std(), file.name
 
 
 def test_a_run_that_kept_its_checkpoints_is_drawn_as_it_learns(tmp_path):
