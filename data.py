@@ -1049,21 +1049,30 @@ def split_words(text: str) -> tuple[str, ...]:
 
 
 class Words:
-    """A frozen text encoder without weights, not in the paper (FLAN-T5 XL): of each word a random
-    vector, in the first half of the channels, and the sin-cos vector of its position.
+    """A frozen text encoder without weights, not in the paper (FLAN-T5 XL). A third of the channels
+    each: of a word a random vector; those of the five words on either side, turned by their
+    distance and halved with each step (T5's states know their neighbours, too); the sin-cos vector
+    of its position.
 
-    Both have unit variance. A word's is uniform, from its hash: the same in every vocabulary."""
+    Each has unit variance. A word's is uniform, from its hash: the same in every vocabulary."""
 
-    def __init__(self, vocabulary: Sequence[str], dim: int = 64, length: int = 16):
-        assert dim % 4 == 0, dim
+    def __init__(self, vocabulary: Sequence[str], dim: int = 96, length: int = 16):
+        if dim % 12:
+            raise ValueError(f"a text encoder of words with {dim} channels, no multiple of 12")
+        third = dim // 3
         self.vocabulary, self.dim, self.length = tuple(vocabulary), dim, length
         self.index = {word: i for i, word in enumerate(("", *vocabulary))}   # "": an empty prompt's
-        digests = b"".join(hashlib.shake_256(word.encode()).digest(dim // 2) for word in self.index)
-        values = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, dim // 2)
-        self.words = (values - 127.5) / ((256 ** 2 - 1) / 12) ** 0.5              # (V+1, dim/2)
-        frequency = 100.0 ** (-torch.arange(dim // 4) / (dim // 4))   # captions are short: not 10^4
-        angle = torch.arange(length)[:, None] * frequency                         # (length, dim/4)
-        self.positions = 2 ** 0.5 * torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, dim/2)
+        digests = b"".join(hashlib.shake_256(word.encode()).digest(third) for word in self.index)
+        values = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, third)
+        self.words = (values - 127.5) / ((256 ** 2 - 1) / 12) ** 0.5              # (V+1, dim/3)
+        off = torch.tensor((-5, -4, -3, -2, -1, 1, 2, 3, 4, 5))
+        place = torch.arange(length)[:, None]                                     # (length, 1)
+        self.near = place + 5 + off                           # (length, 10): in words padded with 5
+        self.turned = (torch.arange(third) + off[:, None]) % third                # (10, dim/3)
+        self.share = 1.5 ** 0.5 * 0.5 ** off.abs()[:, None]                       # (10, 1)
+        frequency = 100.0 ** (-torch.arange(dim // 6) / (dim // 6))   # captions are short: not 10^4
+        angle = place * frequency                                                 # (length, dim/6)
+        self.positions = 2 ** 0.5 * torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, dim/3)
 
     def states(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """The vectors (L, dim) of each prompt's L words, float32; "" has one of its own.
@@ -1080,7 +1089,10 @@ class Words:
                 raise UserError(f"{printable(prompt)!r} has {len(words)} words; shorten it to "
                                 f"{self.length}")
             token = torch.tensor([self.index[word] for word in words or [""]])     # (L,)
-            found.append(torch.cat([self.words[token], self.positions[:len(token)]], 1))
+            own, n = self.words[token], len(token)                                 # (L, dim/3)
+            around = torch.nn.functional.pad(own, (0, 0, 5, 5))[self.near[:n]]     # (L, 10, dim/3)
+            around = around.gather(2, self.turned.expand(n, -1, -1)) * self.share
+            found.append(torch.cat([own, around.sum(1), self.positions[:n]], 1))
         return found
 
     def free(self) -> None:

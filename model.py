@@ -65,7 +65,7 @@ class Config:
 PRESETS = {
     # The embedded world in ten minutes on a laptop.
     "shapes": dict(channels=3, size=24, patch=3, data_dim=96, latents=24, latent_dim=96, blocks=2,
-                   layers=2, read_heads=4, heads=4, text_dim=64, text_heads=4, registers=4,
+                   layers=2, read_heads=4, heads=4, text_dim=96, text_heads=4, registers=4,
                    sigma_data=1.0, latent_std=1.0, sincos=True, zero_out=True, patch_bias=1.5),
     # The released network: SDXL-VAE latents of 256 px pictures, FLAN-T5-XL text.
     "paper": dict(channels=4, size=32, patch=2, data_dim=512, latents=256, latent_dim=1024,

@@ -98,7 +98,7 @@ class Args:
 
 RECIPES = {
     # Found by trials on two CPU cores: docs/trials.md.
-    "shapes": dict(minutes=10.0, batch=64, optimizer="muon", lr=2e-3, matrix_lr=1e-2, warmup=50,
+    "shapes": dict(minutes=10.0, batch=64, optimizer="muon", lr=2e-3, matrix_lr=6e-3, warmup=50,
                    weight_decay=0.0, cosine_rate=1.0, ema=0.995, t_mean=1.2, self_condition=0.0,
                    bins=5, workers=0, compile=False, save_every=250, sample_every=500),
     # The release's, line by line, but for the last three.
