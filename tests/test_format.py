@@ -206,14 +206,15 @@ def test_a_text_is_the_vectors_of_its_words_their_neighbours_and_places():
     assert text.shape == (3, 3, 12) and mask.sum(1).tolist() == [3, 1, 1] and mask[:, 0].all()
     longer, longer_mask = pad(list(text), 4)
     assert longer.shape == (3, 4, 12) and torch.equal(longer[:, :3], text)
-    assert not longer[:, 3].any() and longer_mask.shape == (3, 4) and pad(list(longer), 4)[0].shape == (3, 4, 12)
+    assert longer_mask.shape == (3, 4) and not longer[:, 3].any()
+    assert pad(list(longer), 4)[0].shape == (3, 4, 12)
     for row, words in enumerate((("a", "red", "circle"), ("",), ("circle",))):
         vectors = [[(byte - 127.5) / math.sqrt((256 ** 2 - 1) / 12)
                     for byte in hashlib.shake_256(word.encode()).digest(4)] for word in words]
         for place, of_word in enumerate(vectors):
-            near = [(other - place, vector) for other, vector in enumerate(vectors) if other != place]
+            others = [(i - place, vector) for i, vector in enumerate(vectors) if i != place]
             around = [sum(math.sqrt(1.5) / 2 ** abs(off) * vector[(channel + off) % 4]
-                          for off, vector in near) for channel in range(4)]
+                          for off, vector in others) for channel in range(4)]
             of_place = [math.sqrt(2) * wave(angle) for wave in (math.sin, math.cos)
                         for angle in (place, place / 10)]
             assert text[row, place].tolist() == pytest.approx(of_word + around + of_place, abs=1e-6)
