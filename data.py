@@ -1057,8 +1057,7 @@ class Words:
     Each has unit variance. A word's is uniform, from its hash: the same in every vocabulary."""
 
     def __init__(self, vocabulary: Sequence[str], dim: int = 96, length: int = 16):
-        if dim % 12:
-            raise ValueError(f"a text encoder of words with {dim} channels, no multiple of 12")
+        assert dim % 12 == 0, dim
         third = dim // 3
         self.vocabulary, self.dim, self.length = tuple(vocabulary), dim, length
         self.index = {word: i for i, word in enumerate(("", *vocabulary))}   # "": an empty prompt's
@@ -1227,12 +1226,14 @@ def pad(states: Sequence[torch.Tensor], multiple: int = 1) -> tuple[torch.Tensor
     return text, torch.arange(text.shape[1]) < lengths[:, None]
 
 
-def encoder_of(config: dict) -> Words | T5:
-    """The encoder of a `config()` of either kind. ValueError: another kind."""
+def encoder_of(config: dict, file: Path) -> Words | T5:
+    """The encoder of a `config()` of either kind, as file has it. UserError: of another version."""
     if config["kind"] == "t5":
         return T5(config["source"], config["dim"], config["length"])
-    if config["kind"] != "words":
-        raise ValueError(f"a text encoder of kind {config['kind']!r}: there are t5 and words")
+    if config["kind"] != "words" or config["dim"] % 12:
+        raise UserError(f"{file} has the text encoder {config['kind']!r} with {config['dim']} "
+                        "channels, of another version: use the code of the run's commit, or train "
+                        "again")
     return Words(config["vocabulary"], config["dim"], config["length"])
 
 

@@ -90,7 +90,7 @@ def load(checkpoint, device=None, variant: str | None = None, text_encoder: str 
     vae = VAE(config["vae"]) if config["vae"] else None
     if text_encoder:
         config["text_encoder"] |= dict(kind="t5", source=text_encoder)
-    encoder = encoder_of(config["text_encoder"])
+    encoder = encoder_of(config["text_encoder"], file)
     bins = Bins.from_config(config["bins"]) if config["bins"] else None
     net = build(network)
     shapes = {(name, tensor.shape) for name, tensor in net.state_dict().items()}

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import data
-from data import (Data, Order, Shard, UserError, Words, pack, pad, permutation, split_words,
-                  unpack, write_info, write_json, write_shard, write_text, write_whole)
+from data import (Data, Order, Shard, UserError, Words, encoder_of, pack, pad, permutation,
+                  split_words, unpack, write_info, write_json, write_shard, write_text, write_whole)
 
 RNG = np.random.default_rng
 CAPTIONS = [("a red circle", "un œuf"), ("一只红色的猫",), ("", "🐶", "a")]
@@ -219,6 +219,14 @@ def test_a_text_is_the_vectors_of_its_words_their_neighbours_and_places():
                         for angle in (place, place / 10)]
             assert text[row, place].tolist() == pytest.approx(of_word + around + of_place, abs=1e-6)
     assert not text[~mask].any() and text.dtype == torch.float32
+
+
+def test_the_words_of_an_older_version_are_refused():
+    known = Words(("red",), 12, 3)
+    assert encoder_of(known.config(), "a/config.json").config() == known.config()
+    for change in (dict(dim=64), dict(kind="letters")):
+        with pytest.raises(UserError, match="a/config.json has the text encoder .* another"):
+            encoder_of(known.config() | change, "a/config.json")
 
 
 def fail(error):
