@@ -362,7 +362,7 @@ def best(model: sample.Model) -> Figure:
         axis.set(xscale="log", xlabel="N", title=name, xticks=[1, 4, 16, 64],
                  xticklabels=["1", "4", "16", "64"])
         axis.minorticks_off()
-    figure.axes[0].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7, loc="lower right")
     return figure
 
 

@@ -44,10 +44,11 @@ def velocities() -> dict[str, torch.Tensor]:
 
 
 def losses(steps: int = 20) -> torch.Tensor:
-    """The mean loss of each step of the `shapes` recipe at toy size, on batches drawn here."""
+    """The mean loss of each step of a recipe like `shapes` at toy size, on batches drawn here."""
     args, _ = train.read_args(["--batch", "8", "--self-condition", "0.5", "--warmup", "2",
-                               "--steps", "1150"])
-    sizes = PRESETS["shapes"] | dict(size=12, latents=8, latent_dim=32, data_dim=32, blocks=1)
+                               "--steps", "1150", "--matrix-lr", "0.01"])
+    sizes = PRESETS["shapes"] | dict(size=12, latents=8, latent_dim=32, data_dim=32, blocks=1,
+                                     text_dim=64)
     torch.manual_seed(0)
     net = TextRIN(Config(**sizes, rewards=("alignment", "contrast")))
     run = train.State(net, TextRIN(net.config), net, train.optimizers_for(net, args), {}, 0)
