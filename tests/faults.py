@@ -61,13 +61,13 @@ READ_BY = {"DATA/00000.safetensors": "train", "DATA/00000.scores.safetensors": "
 # ---- running -------------------------------------------------------------------------------------
 
 def body(arguments: list, folder: str, environment: dict, output: str) -> None:
-    """A process: a script in a folder, with its output in a file."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.chdir(folder)
-    os.environ |= environment
+    """A process: a script in a folder, with its output in a file, which it empties first."""
     try:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.chdir(folder)
+        os.environ |= environment
         code, out, err = conftest.run(*arguments)
         signal.signal(signal.SIGINT, signal.SIG_DFL)          # as `run` leaves it
     except KeyboardInterrupt:                # while Python imports: its own traceback, not a fault
@@ -90,10 +90,17 @@ class Job:
                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
         self.processes = []
         for environment in environments:
-            self.outputs.append(Path(tempfile.mkstemp(dir=folder.parent)[1]))
+            descriptor, output = tempfile.mkstemp(dir=folder.parent)
+            os.write(descriptor, b"not begun")
+            os.close(descriptor)
+            self.outputs.append(Path(output))
             self.processes.append(CONTEXT.Process(target=body, args=(
-                JOBS[name], str(folder), environment, str(self.outputs[-1]))))
+                JOBS[name], str(folder), environment, output)))
             self.processes[-1].start()
+        # Before it has begun, a signal would hit multiprocessing's code.
+        for output, process in zip(self.outputs, self.processes):
+            while process.is_alive() and output.read_bytes() == b"not begun":
+                time.sleep(0.001)
 
     def kill(self, number: int, ranks: slice = slice(None)) -> None:
         for process in self.processes[ranks]:
@@ -179,12 +186,12 @@ class Bench:
     def finish(self, name: str, place: Path, count: Counter) -> None:
         """The same command again: is what it leaves that of a run left alone?"""
         codes, said, hung = Job(name, place).end()
-        equal = not any(codes) and artefacts(place) == self.wanted[name]
+        found, wanted = artefacts(place), self.wanted[name]
+        different = {file for file in found | wanted if found.get(file) != wanted.get(file)}
         note(count, said, hung, 0)
+        equal = not any(codes) and not different
         count["recovered" if equal else "lost"] += 1
         if not equal:
-            different = {file for file, content in self.wanted[name].items()
-                         if artefacts(place).get(file) != content}
             complain(name, codes, said, different)
 
 
