@@ -73,11 +73,30 @@ def table(rows: Sequence[Sequence[str]]) -> str:
                      for row in rows)
 
 
+def pooled(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values (seeds, ...) → their mean over seeds and its standard error, 0 where there is one."""
+    ddof = int(len(values) > 1)
+    return values.mean(0), values.std(0, ddof=ddof) / len(values) ** 0.5
+
+
 def mean_error(values: Sequence[float], digits: int = 3) -> str:
     """"mean ± standard error" of a few seeds; of one, the mean."""
-    values = np.array(values, float)
-    error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{error}"
+    mean, error = pooled(np.array(values, float))
+    return f"{mean:.{digits}f}" + f" ± {error:.{digits}f}" * (len(values) > 1)
+
+
+def draw_dots(groups: dict[str, np.ndarray], titles: Sequence[str], path: Path) -> None:
+    """Values (seeds, panels) of groups, a dot each: the mean of the seeds, with its error."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(2.2 * len(titles), 1 + 0.3 * len(groups)), layout="constrained")
+    for k, axis in enumerate(figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]):
+        for label, values in groups.items():
+            mean, error = pooled(values[:, k])
+            axis.errorbar(mean, label, xerr=error, fmt="o")
+        axis.set_title(titles[k])
+        axis.grid(alpha=0.3)
+    axis.invert_yaxis()                                       # of all panels: the first one on top
+    write_whole(path, partial(figure.savefig, format="png"))
 
 
 def draw(groups: dict[str, np.ndarray], titles: Sequence[str], x: Sequence[float], xlabel: str,
@@ -88,9 +107,7 @@ def draw(groups: dict[str, np.ndarray], titles: Sequence[str], x: Sequence[float
     figure = Figure(figsize=(3.2 * len(titles), 3.5), layout="constrained")
     for k, axis in enumerate(figure.subplots(1, len(titles), squeeze=False)[0]):
         for label, curves in groups.items():
-            y = curves[..., k]                                                   # (seeds, N)
-            error = y.std(0, ddof=1) / len(y) ** 0.5 if len(y) > 1 else 0 * y[0]
-            axis.errorbar(x, y.mean(0), error, label=f"{label}, seeds: {len(y)}")
+            axis.errorbar(x, *pooled(curves[..., k]), label=f"{label}, seeds: {len(curves)}")
         if base:
             axis.axhline(next(iter(groups.values()))[:, -1, k].mean(), color="grey", linestyle=":")
             axis.set_xscale("log", base=base)
@@ -217,16 +234,19 @@ def control(model: sample.Model, folder: Path, n: int, columns: int) -> str:
 
 def compare(folders: Sequence[str], out: Path, args) -> str:
     """Measure runs (once: OUT/measured) → tables: each number the mean over seeds ± its standard
-    error. --targets and --guidance are of runs told all rewards.
+    error; the first is drawn, too. --targets and --guidance are of runs told several rewards.
 
     Where groups "none" and "all" have the same seeds, these two have a figure and a table of best
     of N and, if all kept checkpoints at the same steps, of their curves. UserError: a run is not
     finished; no such target."""
     sample.read_targets(args.targets, ANALYTIC, 1.0, "--targets")        # before hours are spent
     groups, rows = group_runs(folders), [["told", "seeds", *MEASURES]]
-    for label, values in gather(groups, out, args, args.n).items():
-        rows.append([label, str(len(values)), *map(mean_error, values.mean((1, 2)).T)])
-    tables = [f"told all: asked for {' '.join(args.targets) or 'all=1'}, guidance "
+    final = {label: values.mean((1, 2)) for label, values in              # (seeds, M) each
+             gather(groups, out, args, args.n).items()}
+    for label, values in final.items():
+        rows.append([label, str(len(values)), *map(mean_error, values.T)])
+    draw_dots(final, MEASURES, out / "compare.png")
+    tables = [f"told several: asked for {' '.join(args.targets) or 'all=1'}, guidance "
               f"{'its own' if args.guidance is None else args.guidance}\n{table(rows)}"]
     rivals = {label: groups[label] for label in ("none", "all") if label in groups}
     paired = len(rivals) == 2 and rivals["none"].keys() == rivals["all"].keys()
@@ -251,8 +271,8 @@ def compare(folders: Sequence[str], out: Path, args) -> str:
 
 def group_runs(folders: Sequence[str]) -> dict[str, dict[int, Path]]:
     """{label: {seed: run}}, "none" first: runs of a group differ in the seed alone. A label has the
-    rewards that they were told, and each flag that differs between runs; where these do not tell
-    two runs apart, it is the folder. UserError: a run is not finished."""
+    rewards that they were told (or the one they were not), and each flag that differs between runs;
+    where these do not tell two runs apart, it is the folder. UserError: a run is not finished."""
     runs, groups = {}, {"none": {}}
     for folder in map(Path, folders):
         config = read_json(folder / "config.json")
@@ -260,7 +280,10 @@ def group_runs(folders: Sequence[str]) -> dict[str, dict[int, Path]]:
         if config.get("step", flags["steps"]) != flags["steps"]:
             raise UserError(f"{folder} has come to step {config['step']} of {flags['steps']}: let "
                             "it finish (its python train.py command again)")
-        told = "all" if names == [*ANALYTIC] else "+".join(names) or "none"
+        without = [name for name in ANALYTIC if name not in names]
+        told = "+".join(names) or "none"
+        if len(names) + len(without) == len(ANALYTIC) and len(without) < 2:
+            told = " but ".join(["all", *without])
         runs[folder] = flags | dict(rewards=told, data=config.get("data"))       # a digest
     names = dict.fromkeys(name for flags in runs.values() for name in flags)
     differ = [name for name in names if name not in ("rewards", "seed")
@@ -283,9 +306,10 @@ def gather(groups: dict[str, dict[int, Path]], out: Path, args, n: int, each: in
             values = []
             for place in sorted(folder.glob("step-*")) if kept else [folder]:
                 model, targets = sample.load(place), ()
-                if model.rewards == ANALYTIC:
+                if len(model.rewards) > 1:
                     sample.set_sampler(model, args)
-                    targets = args.targets
+                    targets = [said for said in args.targets
+                               if said.partition("=")[0] in ("all", *model.rewards)]
                 values.append(measured(model, out, n, each, targets))            # (n each, M)
             found[label].append(values)
     return {label: np.array(values) for label, values in found.items()}

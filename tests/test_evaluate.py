@@ -246,14 +246,14 @@ def changed(place: Path, to: Path, **args) -> Path:
     return to
 
 
-def test_runs_are_compared_in_two_figures_and_three_tables(runs, tmp_path, monkeypatch):
+def test_runs_are_compared_in_three_figures_and_three_tables(runs, tmp_path, monkeypatch):
     """Targets and guidance are of runs told all; others keep their own."""
     command = ("evaluate.py", "compare", *runs.values(), "--out", tmp_path, *SMALL,
                "--guidance", 2, "--targets", "all=0.5", "alignment=1")
     code, stdout, stderr = run(*command)
     assert code == 0, stderr
     assert {path.name for path in tmp_path.iterdir()} == {
-        "compare.txt", "convergence.png", "best_of_n.png", "measured"}
+        "compare.txt", "compare.png", "convergence.png", "best_of_n.png", "measured"}
     final, speed, best = stdout.split("\n\n")
     assert set(cells(final)) == {"told", *runs} and final.splitlines()[2].startswith("none")
     wanted, two = evaluate.benchmark(6), [evaluate.benchmark(2)[k // 2] for k in range(4)]
@@ -273,6 +273,19 @@ def test_runs_are_compared_in_two_figures_and_three_tables(runs, tmp_path, monke
     assert cells(speed)["contrast"][:4] == curves and cells(best)["contrast"][:4] == pairs
     monkeypatch.setattr(sample, "pictures", None)                            # all is remembered
     assert run(*command)[1] == stdout
+
+
+def test_a_run_told_all_but_one_is_asked_for_what_it_knows(world, tmp_path):
+    code, _, stderr = run("train.py", *TINY, "--data", world, "--rewards", "contrast,composition,"
+                          "sharpness,colorfulness", "--steps", 1, "--out", tmp_path / "run")
+    assert code == 0, stderr
+    code, stdout, stderr = run("evaluate.py", "compare", tmp_path / "run", "--out", tmp_path, "--n",
+                               6, "--targets", "all=0.5", "alignment=1", "contrast=0")
+    assert code == 0, stderr
+    model = sample.load(tmp_path / "run", "cpu")
+    values, _ = evaluate.measure(model, evaluate.benchmark(6), range(6), ["all=0.5", "contrast=0"])
+    line = stdout.splitlines()[2].removeprefix("all but alignment").split()
+    assert line == ["1", *(f"{value:.3f}" for value in values.mean(0))]
 
 
 def groups(*places) -> dict[str, list[str]]:
@@ -300,7 +313,8 @@ def test_runs_without_a_pair_or_common_steps_have_the_final_table_alone(runs, tm
         code, stdout, stderr = run("evaluate.py", "compare", folder, runs["none"], "--out", out,
                                    "--n", 6, "--curve", 6, "--candidates", 0)
         assert code == 0 and "speed-up" not in stdout and "best of" not in stdout, stderr
-        assert {path.name for path in out.iterdir()} == {"compare.txt", "measured"}
+        assert {path.name for path in out.iterdir()} == {"compare.txt", "compare.png",
+                                                              "measured"}
 
 
 def test_runs_that_cannot_be_compared_or_swept_are_refused(runs, tmp_path):
