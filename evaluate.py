@@ -92,7 +92,7 @@ def draw_dots(groups: dict[str, np.ndarray], titles: Sequence[str], path: Path) 
     for k, axis in enumerate(figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]):
         for label, values in groups.items():
             mean, error = pooled(values[:, k])
-            axis.errorbar(mean, label, xerr=error, fmt="o")
+            axis.errorbar(mean, label, xerr=error, fmt="o", color="C0")
         axis.set_title(titles[k])
         axis.grid(alpha=0.3)
     axis.invert_yaxis()                                       # of all panels: the first one on top
@@ -100,19 +100,27 @@ def draw_dots(groups: dict[str, np.ndarray], titles: Sequence[str], path: Path) 
 
 
 def draw(groups: dict[str, np.ndarray], titles: Sequence[str], x: Sequence[float], xlabel: str,
-         path: Path, base: int | None = None) -> None:
-    """Curves (seeds, len(x), panels) of groups: the mean of the seeds and its standard error.
-    base: of a logarithmic x, and a dotted line where the first group ends; None: neither."""
+         path: Path, base: int | None = None, goal: bool = False) -> None:
+    """Curves (seeds, len(x), panels) of groups, three panels a row: the mean of the seeds and its
+    standard error. base: of a logarithmic x. goal: dotted, where the first group ends."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(3.2 * len(titles), 3.5), layout="constrained")
-    for k, axis in enumerate(figure.subplots(1, len(titles), squeeze=False)[0]):
+    rows, columns = -(-len(titles) // 3), min(3, len(titles))
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.4), layout="constrained")
+    for k, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        if k >= len(titles):
+            axis.remove()
+            continue
         for label, curves in groups.items():
-            axis.errorbar(x, *pooled(curves[..., k]), label=f"{label}, seeds: {len(curves)}")
-        if base:
+            seeds = f", {len(curves)} seeds" * (len(curves) > 1)
+            axis.errorbar(x, *pooled(curves[..., k]), label=label + seeds)
+        if goal:
             axis.axhline(next(iter(groups.values()))[:, -1, k].mean(), color="grey", linestyle=":")
+        if base:
             axis.set_xscale("log", base=base)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=titles[k], xlabel=xlabel)
-        axis.legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center",
+                  ncols=len(groups))
     write_whole(path, partial(figure.savefig, format="png"))
 
 
@@ -256,7 +264,7 @@ def compare(folders: Sequence[str], out: Path, args) -> str:
         [steps], found = kept, gather(rivals, out, args, args.curve, kept=True)
         curves = {label: values.mean(2) for label, values in found.items()}      # (seeds, steps, M)
         tables.append(race(curves, steps, "speed-up"))
-        draw(curves, MEASURES, steps, "steps", out / "convergence.png", 10)
+        draw(curves, MEASURES, steps, "steps", out / "convergence.png", goal=True)
     if paired and args.candidates:
         sizes, curves = [2 ** k for k in range(args.candidates.bit_length())], {}
         for label, values in gather(rivals, out, args, args.best, sizes[-1]).items():
@@ -264,7 +272,7 @@ def compare(folders: Sequence[str], out: Path, args) -> str:
             best = [part.max(2).mean(1) for part in split]                       # (seeds, M) each
             curves[label] = np.stack(best, 1)                                    # (seeds, sizes, M)
         tables.append(race(curves, sizes, "best of N"))
-        draw(curves, MEASURES, sizes, "best of N", out / "best_of_n.png", 2)
+        draw(curves, MEASURES, sizes, "best of N", out / "best_of_n.png", 2, goal=True)
     write_text(out / "compare.txt", "\n\n".join(tables) + "\n")
     return "\n\n".join(tables)
 
@@ -281,7 +289,7 @@ def group_runs(folders: Sequence[str]) -> dict[str, dict[int, Path]]:
             raise UserError(f"{folder} has come to step {config['step']} of {flags['steps']}: let "
                             "it finish (its python train.py command again)")
         without = [name for name in ANALYTIC if name not in names]
-        told = "+".join(names) or "none"
+        told = "+".join(names) + " alone" * (len(names) == 1) or "none"
         if len(names) + len(without) == len(ANALYTIC) and len(without) < 2:
             told = " but ".join(["all", *without])
         runs[folder] = flags | dict(rewards=told, data=config.get("data"))       # a digest

@@ -230,17 +230,18 @@ def read_targets(asked, rewards: tuple, rest, flag: str) -> list:
 
 def grid(rows: list, scale: int, headings=(), labels=()) -> Image.Image:
     """Rows of (picture (3, S, S), lines of text below it), enlarged without smoothing, with a
-    heading over each column and a label over each row, if given."""
+    heading of some lines over each column and a label over each row, if given."""
     (picture, lines), font = rows[0][0], ImageFont.load_default(11)
     side = picture.shape[-1] * scale
     width, height = side + 4, side + 13 * len(lines) + 8
     labels = [printable(label)[:200] for label in labels]           # a caption may be a whole novel
-    top, over = 18 * bool(headings), 18 * bool(labels)
+    top = max([5 + 13 * (1 + heading.count("\n")) for heading in headings], default=0)
+    over = 18 * bool(labels)
     wide = max([width * len(rows[0]), *(int(font.getlength(label)) + 6 for label in labels)])
     image = Image.new("RGB", (wide, top + len(rows) * (height + over)), "white")
     draw = ImageDraw.Draw(image)
     for j, heading in enumerate(headings):
-        draw.text((j * width + 2, 2), heading, "black", font)
+        draw.text((j * width + 2, 2), heading, "black", font, spacing=1)
     for i, row in enumerate(rows):
         y = top + i * (height + over)
         if labels:
@@ -254,14 +255,16 @@ def grid(rows: list, scale: int, headings=(), labels=()) -> Image.Image:
 
 
 def progress_grid(model: Model) -> Image.Image:
-    """The picture of training: fixed noise, rows prompts, columns all targets from 0 to 1."""
-    columns = [0.0, 0.25, 0.5, 0.75, 1.0] if model.rewards else [1.0]
-    prompts = model.config["prompts"]
+    """The picture of training: fixed noise, rows prompts, columns all targets from 0 to 1; then the
+    model's own targets, if it has others."""
+    prompts, own = model.config["prompts"], model.config["targets"]
+    columns = [[f"all={level:g}"] for level in (0, 0.25, 0.5, 0.75, 1)] if model.rewards else [[]]
+    columns += [own] * bool(own)
+    s = [read_targets(asked, model.rewards, 1.0, "targets") for asked in columns]
     seeds = [i for i in range(len(prompts)) for _ in columns]                    # (B,)
-    s = torch.tensor(columns * len(prompts))[:, None].expand(-1, len(model.rewards))   # (B, R)
-    x = pictures(model, [prompts[i] for i in seeds], s, seeds=seeds)             # (B, 3, S, S)
+    x = pictures(model, [prompts[i] for i in seeds], torch.tensor(s * len(prompts)), seeds=seeds)
     rows = [[(picture, ()) for picture in row] for row in x.split(len(columns))]
-    headings = [f"all={level:g}" for level in columns] if model.rewards else ()
+    headings = ["\n".join(asked) for asked in columns] if model.rewards else ()
     return grid(rows, max(1, 96 // x.shape[-1]), headings, prompts)
 
 

@@ -348,7 +348,7 @@ def hacked(model: sample.Model, folder: str) -> Figure:
 
 def best(model: sample.Model) -> Figure:
     """The best of N pictures that ask for the middle, and one that asks for the most of one."""
-    n, figure = 64, Figure(figsize=(12, 2.8), layout="constrained")
+    n, figure = 64, Figure(figsize=(12, 3), layout="constrained")
     texts = [prompt for prompt in PROMPTS for _ in range(n)]
     middle = sample.pictures(model, texts, ["all=0.5"], seeds=range(len(texts)))
     sizes = [2 ** k for k in range(7)]
@@ -358,11 +358,11 @@ def best(model: sample.Model) -> Figure:
         one = sample.pictures(model, texts, ["all=0.5", f"{name}=1"], seeds=range(len(texts)))
         axis.plot(sizes, curve, "o-", ms=3, color="#999999", label="best of N, all=0.5")
         axis.axhline(shapes.score_all((name,), one, texts).mean(), color=HUES[name],
-                     lw=2, label="mean of one, this target 1")
+                     lw=2, label="mean of one, this target 1, the others 0.5")
         axis.set(xscale="log", xlabel="N", title=name, xticks=[1, 4, 16, 64],
                  xticklabels=["1", "4", "16", "64"])
         axis.minorticks_off()
-    figure.axes[0].legend(fontsize=7, loc="lower right")
+    figure.legend(*figure.axes[2].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 

@@ -12,6 +12,7 @@ import multiprocessing
 import re
 import runpy
 import signal
+import socket
 import sys
 import threading
 from multiprocessing import forkserver
@@ -44,6 +45,29 @@ def run(script: str, *arguments) -> tuple:
         sys.argv, sys.unraisablehook = before, sys.__unraisablehook__
         signal.signal(signal.SIGINT, interrupted)
     return code, out.getvalue(), err.getvalue()
+
+
+def succeed(script: str, *arguments) -> str:
+    """What a script printed that ended with code 0."""
+    code, out, err = run(script, *arguments)
+    assert code == 0, err
+    return out
+
+
+def refused(script: str, *arguments) -> str:
+    """The one sentence in which a script ended with code 2."""
+    code, _, err = run(script, *arguments)
+    assert code == 2 and len(sentences(err)) == 1, err
+    return sentences(err)[0]
+
+
+def two_ranks() -> list[dict]:
+    """The environments of two ranks, as torchrun makes them, with a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                 MASTER_PORT=port) for rank in range(2)]
 
 
 def sentences(stderr: str) -> list:
@@ -116,7 +140,6 @@ def world(tmp_path_factory) -> Path:
 def checkpoint(world, tmp_path_factory) -> Path:
     """A network after 8 steps, saved at each second one. Copy it to change it."""
     out = tmp_path_factory.mktemp("checkpoint") / "run"
-    code, _, stderr = run("train.py", *TINY, "--data", world, "--out", out, "--steps", 8,
-                          "--save-every", 2, "--log-every", 2)
-    assert code == 0, stderr
+    succeed("train.py", *TINY, "--data", world, "--out", out, "--steps", 8, "--save-every", 2,
+            "--log-every", 2)
     return out

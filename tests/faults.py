@@ -21,7 +21,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -81,13 +80,8 @@ class Job:
     """A started command: a process a rank."""
 
     def __init__(self, name: str, folder: Path):
-        self.outputs, environments = [], [{}]
-        if name.endswith("ranks"):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            environments = [dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
+        self.outputs = []
+        environments = conftest.two_ranks() if name.endswith("ranks") else [{}]
         self.processes = []
         for environment in environments:
             descriptor, output = tempfile.mkstemp(dir=folder.parent)

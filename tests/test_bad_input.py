@@ -1,7 +1,6 @@
 """Every script, given something wrong: one sentence that names it, exit code 2, nothing lost.
 
 Sources of pictures are wrong in more ways: see test_data.py."""
-import json
 import os
 import pickle
 import shutil
@@ -10,12 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, run, sentences
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 
 class Bomb:
@@ -34,17 +30,15 @@ def snapshot(folder: Path) -> dict:
 @pytest.fixture
 def place(world, checkpoint, tmp_path, monkeypatch) -> Path:
     """A folder to work in, with copies of the world, in `world`, and of the checkpoint, in `run`,
-    and some pictures with captions, in `d`."""
+    and a folder of pictures, `d`."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world, "world")
     shutil.copytree(checkpoint, "run")
     write("mine", "a file")
-    for name in ("d", "empty", "empty.png"):
+    write("d/0.png", "a picture")
+    write("d/0.txt", "a red circle")
+    for name in ("empty", "empty.png"):
         Path(name).mkdir()
-    for i in range(40):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(f"d/{i}.png")
-        Path(f"d/{i}.txt").write_text("a red circle")
     return tmp_path
 
 
@@ -60,26 +54,6 @@ def cut(name: str, size: int) -> None:
     os.truncate(name, size)
 
 
-def change(name: str, *keys_and_value) -> None:
-    """Set config[key][key]... = value in a file of JSON."""
-    *keys, last, value = keys_and_value
-    content = inner = json.loads(Path(name).read_text())
-    for key in keys:
-        inner = inner[key]
-    inner[last] = value
-    Path(name).write_text(json.dumps(content))
-
-
-def drop(name: str, *keys) -> None:
-    """Remove config[key][key]... from a file of JSON."""
-    *keys, last = keys
-    content = inner = json.loads(Path(name).read_text())
-    for key in keys:
-        inner = inner[key]
-    del inner[last]
-    Path(name).write_text(json.dumps(content))
-
-
 def remove(name: str) -> None:
     Path(name).unlink()
 
@@ -91,23 +65,6 @@ def bomb(name: str) -> None:
 def bomb_states() -> None:
     for path in Path("run").glob("state-*.pt"):
         torch.save({"step": 8, "net": Bomb()}, path)
-
-
-def cut_states() -> None:
-    for path in Path("run").glob("state-*.pt"):
-        os.truncate(path, 100_000)
-
-
-def nan_weights() -> None:
-    weights = load_file("run/model.safetensors")
-    weights["patch_out.bias"][0] = float("nan")
-    save_file(weights, "run/model.safetensors")
-
-
-def weight_too_few() -> None:
-    weights = load_file("run/model.safetensors")
-    del weights["latents"]
-    save_file(weights, "run/model.safetensors")
 
 
 TRAIN = f"train.py {' '.join(TINY)} --steps 2 --out out"
@@ -127,10 +84,9 @@ CASES = [
     ("data.py import d mine/out", "mine/out cannot be written to (Not a directory)"),
     ("data.py import empty out", "empty has no picture with a caption"),
     ("data.py encode d out --size 16 --vae /no", "the VAE /no cannot be loaded: name a folder"),
-    ("shapes.py world --n 0", "--n: 0 is not from 1"),
+    *((f"shapes.py new --{flag} {value}", f"--{flag}: {value} is not from") for flag, value in (
+        ("n", 0), ("size", 15), ("size", 513), ("seed", -1))),
     ("shapes.py mine --n 9", "mine cannot be written to (File exists)"),
-    ("shapes.py world --n 9 --size 16", "not of the world"),
-    ("rewards.py nowhere", "nowhere has no data.json"),
     ("rewards.py d", "d has no data.json: make DATA of pictures with python data.py import"),
     ("rewards.py world --rewards contrast,beauty", "unknown reward 'beauty'; valid: aesthetic"),
     ("rewards.py world --rewards contrast,contrast", "a reward is named twice"),
@@ -155,16 +111,13 @@ CASES = [
     (f"{TRAIN} --latent-dim 4", "latent_dim 4 is no multiple of 4 from 8 on"),
     (f"{RESUME} --lr 0.5", "run was trained with --lr 0.002, not 0.5"),
     (f"{RESUME} --latents 4", "run was trained with --latents 8, not 4"),
-    ("sample.py --checkpoint nowhere --prompt a", "nowhere/config.json cannot be read (["),
     ("sample.py --checkpoint d --prompt a", "d/config.json cannot be read (["),
     (f"{CIRCLE} --targets all=1 beauty=1", "--targets beauty=1: no such reward in this checkpoint"),
-    (f"{CIRCLE} --targets contrast=1.5", "--targets contrast=1.5: a level is a number from 0"),
     (f"{CIRCLE} --negative contrast=high", "negative contrast=high: a level is"),
     (f"{CIRCLE} --negative-prompt ugly", "'ugly' has the unknown word 'ugly'"),
     (f"{SAMPLE} --prompt dog", "'dog' has the unknown word 'dog'; known words, the closest first:"),
     (f"{SAMPLE} --prompt {'-'.join(['circle'] * 30)}", "has 30 words; shorten it to"),
     (f"{CIRCLE} --sweep beauty=0:1:3", "--sweep beauty=0: no such reward in this checkpoint"),
-    (f"{CIRCLE} --sweep contrast=0:2:3", "--sweep contrast=2: a level is a number"),
     (f"{CIRCLE} --best-of 2", "--best-of needs --by one of "),
     (f"{CIRCLE} --out mine/out.png", "mine cannot be written to (File exists)"),
     (f"{CIRCLE} --out empty.png", "--out empty.png"),
@@ -173,7 +126,6 @@ CASES = [
     (f"{CIRCLE} --best-of 2 --out o", "--best-of and --by make a figure: --out o.png"),
     (f"{SAMPLE} --prompt dog --out o", "'dog' has the unknown word 'dog'"),
     (f"{SAMPLE} --prompts nowhere.txt", "--prompts nowhere.txt, line 1: [Errno 2] No such file"),
-    (f"{SAMPLE} --prompts d", "--prompts d, line 1: [Errno 21] Is a directory"),
     *((f"{CIRCLE} --{flag} {value}", f"--{flag}: {value} is not from") for flag, value in (
         ("steps", 0), ("n", 0), ("best-of", 0), ("batch", 0), ("seed", -1),
         ("guidance", -1.0), ("guidance", "nan"), ("seed", 99999999999999999999))),
@@ -183,32 +135,16 @@ CASES = [
 
 SPOILT = [                            # a file is spoilt first
     ((cut, "world/00000.safetensors", 90_000), WORLD, "world/00000.safetensors cannot be read"),
-    ((cut, "world/00000.safetensors", 5), "rewards.py world", "world/00000.safetensors cannot be"),
-    ((remove, "world/00001.safetensors"), WORLD, "world has 2 of 3 shards"),
-    ((cut, "world/data.json", 20), WORLD, "world/data.json cannot be read"),
-    ((change, "world/data.json", "format", 1), "rewards.py world", "it is damaged, or was chang"),
-    ((cut, "world/00000.scores.safetensors", 100), "binning.py world", "00000.scores.safetensors"),
-    ((remove, "world/00001.scores.safetensors"), "binning.py world", "run python rewards.py world"),
     ((cut, "world/bins.json", 500), WORLD, "world/bins.json"),
-    ((change, "world/bins.json", "low", 0, float("nan")), WORLD, "world/bins.json cannot be read"),
     ((bomb_states,), RESUME, "no checkpoint in run can be read"),
-    ((cut_states,), RESUME, "no checkpoint in run can be read: remove the folder"),
     ((remove, "run/model.safetensors"), CIRCLE, "run/model.safetensors cannot be read"),
-    ((bomb, "run/model.safetensors"), CIRCLE, "run/model.safetensors cannot be read"),
     ((cut, "run/model.safetensors", 100_000), CIRCLE, "run/model.safetensors cannot be read"),
-    ((nan_weights,), CIRCLE, "run/model.safetensors is damaged, or not that of"),
-    ((weight_too_few,), "evaluate.py shapes run", "run/model.safetensors is damaged, or not"),
+    ((bomb, "run/model.safetensors"), CIRCLE, "run/model.safetensors cannot be read"),
     ((cut, "run/config.json", 500), CIRCLE, "run/config.json cannot be read"),
-    ((drop, "run/config.json", "sampler"), CIRCLE, "run/config.json cannot be read"),
-    ((change, "run/config.json", "network", "patch", 7), CIRCLE, "run/config.json cannot be read"),
     ((write, "jobs.jsonl", "\n  \n"), JOBS, "jobs.jsonl has no prompt: write one a line"),
     ((write, "jobs.jsonl", b"\xff\xfea\0"), JOBS, "in UTF-8"),
     ((write, "jobs.jsonl", 'a\n{"prompt": "a cr'), JOBS, "jobs.jsonl, line 2: Unterminated"),
     ((write, "jobs.jsonl", '{"seed": 1}'), JOBS, 'line 1: it has no "prompt" that is text'),
-    ((write, "d/metadata.jsonl", '{"text": "a"}'), "data.py import d out",
-     "d/metadata.jsonl, near record 1: no file_name"),
-    ((write, "d/0.tar", "no tar"), "data.py import d out --dry-run", "d/0.tar is packed, damaged,"),
-    ((remove, "d/0.txt"), "data.py import d out --dry-run", "d: 1 of 40 samples cannot be used"),
 ]
 
 

@@ -3,12 +3,13 @@ import errno
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run, sentences
+from conftest import TINY, refused, run, succeed
 
 import evaluate
 import sample
@@ -17,6 +18,7 @@ from data import read_json, stream, write_json
 from evaluate import MEASURES
 from shapes import ANALYTIC, TASKS, score_all
 
+fails = partial(refused, "evaluate.py")
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,6 @@ def levels(model, n, value=1.0) -> torch.Tensor:
 
 def texts_of(n: int, seed: int = 0) -> list[str]:
     return [want["prompt"] for want in evaluate.benchmark(n, seed)]
-
-
-def fails(*arguments) -> str:
-    code, _, stderr = run("evaluate.py", *arguments)
-    assert code == 2 and len(sentences(stderr)) == 1, stderr
-    return sentences(stderr)[0]
 
 
 def cells(output: str) -> dict[str, list[str]]:
@@ -228,9 +224,8 @@ def runs(world, tmp_path_factory) -> dict[str, Path]:
     """A baseline, a run of one reward and one of all, with checkpoints kept at steps 1 and 2."""
     place = tmp_path_factory.mktemp("runs")
     for name in ("none", "contrast", "all"):
-        code, _, stderr = run("train.py", *TINY, "--data", world, "--rewards", name, "--steps", 2,
-                              "--keep-every", 1, "--out", place / name)
-        assert code == 0, stderr
+        succeed("train.py", *TINY, "--data", world, "--rewards", name, "--steps", 2, "--keep-every",
+                1, "--out", place / name)
     return {path.name: path for path in place.iterdir()}
 
 
@@ -250,8 +245,7 @@ def test_runs_are_compared_in_three_figures_and_three_tables(runs, tmp_path, mon
     """Targets and guidance are of runs told all; others keep their own."""
     command = ("evaluate.py", "compare", *runs.values(), "--out", tmp_path, *SMALL,
                "--guidance", 2, "--targets", "all=0.5", "alignment=1")
-    code, stdout, stderr = run(*command)
-    assert code == 0, stderr
+    stdout = succeed(*command)
     assert {path.name for path in tmp_path.iterdir()} == {
         "compare.txt", "compare.png", "convergence.png", "best_of_n.png", "measured"}
     final, speed, best = stdout.split("\n\n")
@@ -276,12 +270,11 @@ def test_runs_are_compared_in_three_figures_and_three_tables(runs, tmp_path, mon
 
 
 def test_a_run_told_all_but_one_is_asked_for_what_it_knows(world, tmp_path):
-    code, _, stderr = run("train.py", *TINY, "--data", world, "--rewards", "contrast,composition,"
-                          "sharpness,colorfulness", "--steps", 1, "--out", tmp_path / "run")
-    assert code == 0, stderr
-    code, stdout, stderr = run("evaluate.py", "compare", tmp_path / "run", "--out", tmp_path, "--n",
-                               6, "--targets", "all=0.5", "alignment=1", "contrast=0")
-    assert code == 0, stderr
+    told = "contrast,composition,sharpness,colorfulness"
+    succeed("train.py", *TINY, "--data", world, "--rewards", told, "--steps", 1, "--out",
+            tmp_path / "run")
+    stdout = succeed("evaluate.py", "compare", tmp_path / "run", "--out", tmp_path, "--n", 6,
+                     "--targets", "all=0.5", "alignment=1", "contrast=0")
     model = sample.load(tmp_path / "run", "cpu")
     values, _ = evaluate.measure(model, evaluate.benchmark(6), range(6), ["all=0.5", "contrast=0"])
     line = stdout.splitlines()[2].removeprefix("all but alignment").split()

@@ -1,13 +1,14 @@
 """evaluate.py geneval: GenEval's rules on detections made by hand, its prompts, its
 judges with small random networks in the files' true layout, and sample.py's pictures judged."""
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ROOT, run, sentences
+from conftest import ROOT, refused, succeed
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -17,6 +18,7 @@ from shapes import TASKS
 
 RELEASE = ROOT / "tests" / "release"
 ENCODERS = ("--text-encoder", RELEASE / "t5", "--vae", RELEASE / "vae")
+fails = partial(refused, "evaluate.py", "geneval")
 LINES = (ROOT / "assets" / "geneval.jsonl").read_text(encoding="utf-8").splitlines()
 
 
@@ -206,20 +208,13 @@ def test_the_colour_is_the_nearest_mean_of_three_prompts(judges):
 
 # ---- the commands --------------------------------------------------------------------------------
 
-def fails(*arguments) -> str:
-    code, _, stderr = run("evaluate.py", "geneval", *arguments)
-    assert code == 2 and len(sentences(stderr)) == 1, stderr
-    return sentences(stderr)[0]
-
-
 def test_geneval_is_generated_and_judged_from_end_to_end(judges, tmp_path, capsys):
     """A prompt of each task with the released layout's small network; then the summary."""
     few = [next(line for line in LINES if json.loads(line)["tag"] == task) for task in TASKS]
     (tmp_path / "few.jsonl").write_text("\n".join(few))
     out = tmp_path / "out"
-    code, _, stderr = run("sample.py", "--checkpoint", RELEASE, "--prompts", tmp_path / "few.jsonl",
-                          "--n", 2, "--steps", 2, "--out", out, *ENCODERS)
-    assert code == 0, stderr
+    succeed("sample.py", "--checkpoint", RELEASE, "--prompts", tmp_path / "few.jsonl", "--n", 2,
+            "--steps", 2, "--out", out, *ENCODERS)
     files = sorted(out.glob("*/samples/*.png"))
     assert len(files) == 12 and Image.open(files[0]).size == (64, 64)
     assert [file.read_text() for file in sorted(out.glob("*/metadata.jsonl"))] == few

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, sentences
+from conftest import ROOT, run, sentences, succeed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -46,25 +46,23 @@ def encode(source, out, rank=0, ranks=1):
 def encoded(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "encoded"
     with contextlib.chdir(RELEASE):
-        code, _, err = run("data.py", "encode", pictures, out, "--size", 64, "--vae", "vae",
-                           "--text-encoder", "t5")
-    assert code == 0, err
+        succeed("data.py", "encode", pictures, out, "--size", 64, "--vae", "vae", "--text-encoder",
+                "t5")
     return out
 
 
 @pytest.fixture(scope="module")
 def scored(encoded, tmp_path_factory):
     out = shutil.copytree(encoded, tmp_path_factory.mktemp("scored") / "encoded")
-    assert run("rewards.py", out)[0] == 0
-    assert run("binning.py", out, "--bins", 4)[0] == 0
+    succeed("rewards.py", out)
+    succeed("binning.py", out, "--bins", 4)
     return out
 
 
 @pytest.fixture(scope="module")
 def trained(scored, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "run"
-    code, _, err = run("train.py", *TINY_PAPER, "--data", scored, "--out", out)
-    assert code == 0, err
+    succeed("train.py", *TINY_PAPER, "--data", scored, "--out", out)
     return out
 
 
@@ -120,9 +118,7 @@ def test_encoding_resumes_by_the_shard_ranks_share_them_and_new_pictures_get_new
 
 
 @pytest.mark.parametrize("change, reason", [
-    (["--size", "128"], "was made with size 64, not 128"), (["--length", "7"], "text_encoder"),
-    (["--size", "60"], "--size 60: of encode it is a mul"),
-    (["--vae", "/no/where"], "the VAE /no/where cannot be loaded: name a folder or hub id with")])
+    (["--size", "128"], "was made with size 64, not 128"), (["--length", "7"], "text_encoder")])
 def test_an_encoded_folder_is_not_continued_otherwise(pictures, encoded, change, reason):
     before = {path: path.stat().st_mtime_ns for path in encoded.glob("[!.]*")}
     code, _, err = run("data.py", "encode", pictures, encoded, "--size", "64", *ENCODERS, *change)
@@ -184,9 +180,8 @@ def test_the_paper_preset_trains_on_an_encoded_folder_and_resumes(scored, traine
     (out / "state-00000006.pt").unlink()
     (out / "model.safetensors").unlink()
     moved = [shutil.copytree(RELEASE / part, tmp_path / part) for part in ("t5", "vae")]
-    code, _, err = run("train.py", *TINY_PAPER, "--data", scored, "--out", out, "--text-encoder",
-                       moved[0], "--vae", moved[1])
-    assert code == 0, err
+    succeed("train.py", *TINY_PAPER, "--data", scored, "--out", out, "--text-encoder", moved[0],
+            "--vae", moved[1])
     assert (out / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
     config = json.loads((out / "config.json").read_text())      # encoders that moved: named anew
     assert [config["text_encoder"]["source"], config["vae"]] == [*map(str, moved)]

@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import run, succeed
 from PIL import Image
 
 import sample
@@ -23,9 +23,7 @@ CHROMIUM = shutil.which("chromium")
 
 def page(checkpoint, path, *flags) -> tuple[str, dict]:
     """The page of a checkpoint, and what sample.py has put into it."""
-    code, _, stderr = run("sample.py", "--checkpoint", checkpoint, "--page", path, "--steps", 2,
-                          *flags)
-    assert code == 0, stderr
+    succeed("sample.py", "--checkpoint", checkpoint, "--page", path, "--steps", 2, *flags)
     text = path.read_text(encoding="utf-8")
     return text, json.loads(re.search(r"const DATA = (\{.*?\});", text)[1])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import run, sentences
+from conftest import refused, run, sentences, succeed
 from PIL import Image
 from safetensors import safe_open
 
@@ -264,8 +264,8 @@ def test_alignment_is_left_out_where_captions_are_not_of_its_grammar(pictures):
         path.write_text("a dog on a beach")
     code, out, _ = run("rewards.py", imported(pictures))
     assert code == 0 and "alignment is left out" in out and "alignment   " not in out
-    code, _, err = run("rewards.py", imported(pictures), "--rewards", "contrast,alignment")
-    assert code == 2 and "alignment reads the captions of shapes.py alone" in sentences(err)[0]
+    said = refused("rewards.py", imported(pictures), "--rewards", "contrast,alignment")
+    assert "alignment reads the captions of shapes.py alone" in said
 
 
 def test_more_than_one_percent_of_failures_ends_with_code_2_after_all_is_written(
@@ -287,8 +287,7 @@ def test_a_forks_own_bug_keeps_its_traceback(data, monkeypatch):
 
 
 def test_a_table_has_a_row_a_pair(data, tmp_path, monkeypatch):
-    code, _, stderr = run("rewards.py", data, "--table", tmp_path / "t" / "scores.csv")
-    assert code == 0, stderr
+    succeed("rewards.py", data, "--table", tmp_path / "t" / "scores.csv")
     with open(tmp_path / "t" / "scores.csv", newline="") as file:
         head, *rows = csv.reader(file)
     shards, names = Data(data).shards, head[3:]
@@ -297,17 +296,15 @@ def test_a_table_has_a_row_a_pair(data, tmp_path, monkeypatch):
     assert [[float(value) for value in row[3:]] for row in rows] == wanted
     assert [row[2] for row in rows] == [text for shard in shards for text in shard.captions]
     assert rows[0][:2] == [shards[0].name, shards[0].keys[0]]
-    code, _, stderr = run("rewards.py", data, "--table", tmp_path)
-    assert code == 2 and "is a folder: name a file" in stderr
-    code, _, stderr = run("rewards.py", data, "--table", tmp_path / "no")
-    assert code == 0                                                       # any other name is CSV
+    assert "is a folder: name a file" in refused("rewards.py", data, "--table", tmp_path)
+    succeed("rewards.py", data, "--table", tmp_path / "no")                # any other name is CSV
     monkeypatch.setitem(sys.modules, "pandas", None)
-    code, _, stderr = run("rewards.py", data, "--table", tmp_path / "a.parquet")
-    assert code == 2 and "name a .csv, or pip install pandas" in sentences(stderr)[-1]
+    said = refused("rewards.py", data, "--table", tmp_path / "a.parquet")
+    assert "name a .csv, or pip install pandas" in said
     assert not (tmp_path / "a.parquet").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, stderr = run("rewards.py", data, "--table", tmp_path / "b.csv")
-    assert code == 2 and "--table: run the same command once more" in stderr
+    said = refused("rewards.py", data, "--table", tmp_path / "b.csv")
+    assert "--table: run the same command once more" in said
 
 
 def test_a_notebook_scores_any_pictures(data):

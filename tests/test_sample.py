@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import refused, run, succeed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -54,10 +54,7 @@ def copy(tmp_path):
 
 def command(place, out, *arguments) -> str:
     """Run sample.py for two steps; what it printed."""
-    code, stdout, stderr = run("sample.py", "--checkpoint", place, "--out", out, "--steps", 2,
-                               *arguments)
-    assert code == 0, stderr
-    return stdout
+    return succeed("sample.py", "--checkpoint", place, "--out", out, "--steps", 2, *arguments)
 
 
 def settings(path) -> dict:
@@ -303,9 +300,9 @@ def test_a_folder_has_genevals_layout_and_goes_on_where_it_was_stopped(place, mo
     assert apart(files(out).permute(0, 2, 3, 1), pictures.permute(0, 2, 3, 1)) <= 1
     for other in (("--seed", 5), ("--n", 2), ("--guidance", 3), ("--negative-prompt", ""),
                   ("--targets", "all=1")):
-        code, _, stderr = run("sample.py", "--checkpoint", place, "--out", out, "--steps", 2,
-                              *flags, *other)
-        assert code == 2 and "or pictures of other settings: name a new folder" in stderr
+        said = refused("sample.py", "--checkpoint", place, "--out", out, "--steps", 2, *flags,
+                       *other)
+        assert "or pictures of other settings: name a new folder" in said
     assert len(files(out)) == 6
 
 
@@ -342,15 +339,17 @@ def test_a_tile_is_its_picture_enlarged_and_a_long_caption_makes_no_wide_grid():
     assert sample.grid(rows, 3, (), ["a circle\n\x1b[31m and " * 1000]).width < 3000
 
 
-def test_the_grid_of_training_has_rows_of_prompts_and_columns_of_levels_on_fixed_noise(
+def test_the_grid_of_training_has_rows_of_prompts_and_columns_of_targets_on_fixed_noise(
         model, monkeypatch):
     monkeypatch.setitem(model.config["sampler"], "steps", 4)
+    monkeypatch.setitem(model.config, "targets", sample.WORLD_TARGETS)
     sheet, scale = np.asarray(sample.progress_grid(model)), 96 // S
-    assert sheet.shape == (18 + 6 * (96 + 4 + 4 + 18), 5 * (96 + 4), 3)
+    assert sheet.shape == (31 + 6 * (96 + 4 + 4 + 18), 6 * (96 + 4), 3)    # of two lines: its own
     cut = []
-    for row, column in ((0, 0), (0, 3), (0, 4), (5, 0), (5, 4)):
-        wanted = made(model, model.config["prompts"][row], [row], targets={"all": column / 4})[0]
-        top, left = 18 + row * 122 + 18, column * 100
+    for row, column in ((0, 0), (0, 3), (0, 4), (5, 0), (5, 4), (5, 5)):
+        asked = {"all": column / 4} if column < 5 else sample.WORLD_TARGETS
+        wanted = made(model, model.config["prompts"][row], [row], targets=asked)[0]
+        top, left = 31 + row * 122 + 18, column * 100
         cut.append(sheet[top:top + 96:scale, left:left + 96:scale])
         assert apart(cut[-1], wanted.permute(1, 2, 0)) <= 1
     assert min(apart(a, b) for a, b in zip(cut, cut[1:])) > 5

@@ -12,9 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run
-from safetensors import safe_open
-from safetensors.numpy import load_file
 from tqdm import tqdm
 
 import shapes
@@ -299,10 +296,8 @@ def test_a_version_is_that_of_the_file_of_a_scorer_which_a_fork_may_add(tmp_path
 
 
 def files(folder: Path) -> dict:
-    """What is in each shard of a world: header and columns (safetensors shuffles its headers)."""
-    return {path.name: (safe_open(path, "np").metadata(), [(name, column.tobytes()) for name, column
-                                                           in sorted(load_file(path).items())])
-            for path in sorted(Path(folder).glob("*.safetensors"))}
+    """Each shard of a world and its bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def test_a_world_is_what_was_drawn_the_same_for_a_seed_and_another_for_another(tmp_path):
@@ -361,12 +356,6 @@ def test_the_folder_of_another_world_is_refused_and_left_alone(tmp_path, n, seed
     with pytest.raises(UserError, match="not of the world"):
         write_world(tmp_path, n, seed, size, shard)
     assert files(tmp_path) == before
-
-
-@pytest.mark.parametrize("flag, value", [("--size", 15), ("--size", 513), ("--seed", -1)])
-def test_a_world_that_cannot_be_is_refused_and_its_flag_named(tmp_path, flag, value):
-    code, _, stderr = run("shapes.py", tmp_path / "new", flag, value)
-    assert code == 2 and flag in stderr and not any(tmp_path.iterdir())
 
 
 def test_a_reward_that_gives_one_number_for_a_batch_is_named(monkeypatch):

@@ -8,7 +8,6 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run, sentences
+from conftest import ROOT, TINY, refused, run, succeed, two_ranks
 from safetensors.numpy import load_file as load_columns
 from safetensors.torch import load_file
 from test_format import columns, latents
@@ -427,8 +426,7 @@ def test_kill_9_at_any_moment_of_a_checkpoint_loses_nothing(world, checkpoint, c
         assert sorted(int(path.stem[6:]) for path in out.glob("state-*")) == left
         assert all(state_of(out, step)["step"] == step for step in left)     # readable
     for _ in range(2):                                # and stays so when it runs once more
-        code, _, stderr = run("train.py", *arguments)
-        assert code == 0, stderr
+        succeed("train.py", *arguments)
         assert_equal_runs(out, checkpoint)
 
 
@@ -444,9 +442,7 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before_and_ends_bitwise_eq
     (out / "model.safetensors").unlink()
     with open(out / "log.jsonl", "a") as file:
         file.write('{"step": 8, "lo')                                 # a kill cut the last line
-    code, _, stderr = run("train.py", *TINY, "--data", world, "--out", out, *EIGHT,
-                          "--save-every", 5)                          # that may change
-    assert code == 0, stderr
+    succeed("train.py", *TINY, "--data", world, "--out", out, *EIGHT, "--save-every", 5)
     assert_equal_runs(out, checkpoint)
 
 
@@ -492,8 +488,7 @@ def test_a_run_is_a_repository_of_the_hub_with_a_model_card(checkpoint, tmp_path
     assert "for 8 steps" in card and "None" not in card and "told alignment, colorfulness" in card
     [command] = re.findall("^python (.*)$", card, re.M)
     script, *words = shlex.split(command.replace("OWNER/NAME", str(tmp_path)))
-    code, _, stderr = run(script, *words, "--out", tmp_path / "a.png", "--steps", 1)
-    assert code == 0, stderr
+    succeed(script, *words, "--out", tmp_path / "a.png", "--steps", 1)
 
 
 @dataclass(frozen=True)
@@ -526,9 +521,8 @@ def test_a_run_is_resumed_in_another_precision_and_not_with_other_flags_or_data(
 
 def test_runs_of_several_seeds_are_of_the_same_data_and_pooled_by_compare(world, tmp_path):
     for rewards_, seed in (("all", 0), ("all", 1), ("none", 0)):
-        code, _, stderr = run("train.py", *TINY, "--data", world, "--steps", 1, "--seed", seed,
-                              "--rewards", rewards_, "--out", tmp_path / f"{rewards_}{seed}")
-        assert code == 0, stderr
+        succeed("train.py", *TINY, "--data", world, "--steps", 1, "--seed", seed,
+                "--rewards", rewards_, "--out", tmp_path / f"{rewards_}{seed}")
     groups = evaluate.group_runs([tmp_path / name for name in ("all0", "all1", "none0")])
     assert {label: [*group] for label, group in groups.items()} == {"none": [0], "all": [0, 1]}
 
@@ -537,12 +531,8 @@ def test_two_ranks_equal_one(world, child, tmp_path):
     # Shares of two: some micro-batches have a pass of self-conditioning, the other rank's have not.
     flags = [*TINY, "--data", world, "--steps", 4, "--save-every", 1, "--log-every", 1,
              "--batch", 4, "--seed", 1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [child("train.py", [*flags, "--accumulate", 2, "--out", "two"], tmp_path, dict(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port))) for rank in range(2)]
+    ranks = [child("train.py", [*flags, "--accumulate", 2, "--out", "two"], tmp_path, environment)
+             for environment in two_ranks()]
     one = child("train.py", [*flags, "--out", "one"], tmp_path)
     for process in (*ranks, one):
         process.join()
@@ -576,8 +566,8 @@ def test_a_signal_ends_the_step_saves_it_and_says_how_to_go_on(world, tmp_path, 
     assert f"stopped by {number.name} after step 4, whose checkpoint is in stopped: the" in stderr
     assert not list(Path("stopped").glob("grid-*"))
     signal.signal(number, before)
-    code, _, stderr = run("train.py", *flags, "--out", "stopped")
-    assert code == 0 and same(state_of(Path("whole")), state_of(Path("stopped"))), stderr
+    succeed("train.py", *flags, "--out", "stopped")
+    assert same(state_of(Path("whole")), state_of(Path("stopped")))
 
 
 def test_a_folder_has_one_writer_and_many_readers(world, checkpoint, child, tmp_path):
@@ -599,22 +589,15 @@ def test_a_folder_has_one_writer_and_many_readers(world, checkpoint, child, tmp_
         HELD.clear()
     assert done.returncode == 2
     assert f"{data} is in use by process {os.getpid()} on " in done.stderr
-    assert run("binning.py", data)[0] == 0                          # free again
+    succeed("binning.py", data)                                     # free again
 
 
 def test_ranks_that_read_other_data_say_so_before_the_first_step(world, child, tmp_path):
-    other = shutil.copytree(world, tmp_path / "other")
-    code, _, stderr = run("shapes.py", tmp_path / "more", "--n", 300, "--size", 16, "--seed", 1)
-    assert code == 0, stderr
-    for name in ("00000", "00001"):
-        shutil.copy(tmp_path / "more" / "00000.safetensors", other / f"{name}.safetensors")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    other = tmp_path / "other"
+    shapes.write_world(other, 300, seed=1, size=16, shard=100)
     ranks = [child("train.py", [*TINY, "--data", folder, "--out", "run", "--steps", 2, "--rewards",
-                                "none"], tmp_path, dict(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port))) for rank, folder in enumerate((world, other))]
+                                "none"], tmp_path, environment)
+             for folder, environment in zip((world, other), two_ranks())]
     for process in ranks:
         process.join(60)
     assert ranks[1].exitcode == 2 and ranks[0].exitcode in (1, 2)
@@ -625,9 +608,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_state(w
     flags = [*TINY, "--data", world, "--out", tmp_path / "run", "--lr", 1e18, "--steps", 8]
     for more, step, state in (((), 8, "none"), (("--log-every", 1), 2, "none"),
                               (("--save-every", 1), 2, tmp_path / "run/state-00000001.pt")):
-        code, _, stderr = run("train.py", *flags, *more)
-        assert code == 2 and len(said := sentences(stderr)) == 1, stderr
-        assert f"not finite after step {step}; the last good checkpoint is {state}: " in said[0]
+        said = refused("train.py", *flags, *more)
+        assert f"not finite after step {step}; the last good checkpoint is {state}: " in said
     assert train.load_checkpoint(tmp_path / "run")["step"] == 1
 
 
@@ -637,8 +619,7 @@ def test_one_command_scores_bins_trains_and_evaluates_the_world(tmp_path, monkey
     monkeypatch.setattr(evaluate, "evaluate_folder", lambda *given: evaluate_folder(*given, n=12))
     shapes.write_world("runs/world", 300, seed=0)
     rewards.score_dataset(Data("runs/world"), ("contrast",))         # it scores what is lacking
-    code, stdout, stderr = run("train.py", *TINY, "--world", 300, "--steps", 2, "--keep-every", 1)
-    assert code == 0, stderr
+    stdout = succeed("train.py", *TINY, "--world", 300, "--steps", 2, "--keep-every", 1)
     written = {str(path.relative_to("runs")) for path in Path("runs").rglob("*")}
     assert {"world/bins.json", "shapes/model.safetensors", "shapes/log.jsonl",
             "shapes/grid-000002.png", "shapes/evaluation.json", "shapes/state-00000002.pt",
@@ -651,8 +632,8 @@ def test_one_command_scores_bins_trains_and_evaluates_the_world(tmp_path, monkey
     assert "asked for `all=0.75 alignment=1`" in card.read_text()
     card.write_text("license: mit")                                   # the user's, from now on
     run("evaluate.py", "shapes", "runs/shapes", "--n", 6, "--targets", "all=0.5")
-    code, _, stderr = run("train.py", *TINY, "--world", 300, "--steps", 2, "--keep-every", 1)
-    assert code == 0 and card.read_text() == "license: mit", stderr
+    succeed("train.py", *TINY, "--world", 300, "--steps", 2, "--keep-every", 1)
+    assert card.read_text() == "license: mit"
 
 
 def test_minutes_become_steps_which_the_run_keeps(world, tmp_path, monkeypatch, capsys):
@@ -685,11 +666,10 @@ def test_a_baseline_of_pictures_with_a_flat_channel_trains_and_is_sampled(tmp_pa
     write_shard(tmp_path / "d" / "a.safetensors", written)
     write_info(tmp_path / "d", dict(kind="pixels", size=4, shards=1, words=["a", "dot", "red"],
                                     longest=2))
-    code, _, stderr = run("train.py", *TINY, "--data", tmp_path / "d", "--rewards", "none",
-                          "--out", tmp_path / "run", "--steps", 2)
-    assert code == 0, stderr
+    succeed("train.py", *TINY, "--data", tmp_path / "d", "--rewards", "none", "--out",
+            tmp_path / "run", "--steps", 2)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["mean"][2], config["std"][2]) == (7, 1)
-    code, _, stderr = run("sample.py", "--checkpoint", tmp_path / "run", "--prompt", "a red dot",
-                          "--out", tmp_path / "a.png")
-    assert code == 0 and (tmp_path / "a.png").exists(), stderr
+    succeed("sample.py", "--checkpoint", tmp_path / "run", "--prompt", "a red dot", "--out",
+            tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
