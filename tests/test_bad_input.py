@@ -111,6 +111,7 @@ CASES = [
     (f"{TRAIN} --latent-dim 4", "latent_dim 4 is no multiple of 4 from 8 on"),
     (f"{RESUME} --lr 0.5", "run was trained with --lr 0.002, not 0.5"),
     (f"{RESUME} --latents 4", "run was trained with --latents 8, not 4"),
+    ("sample.py --checkpoint nowhere --prompt a", "nowhere/config.json cannot be read (["),
     ("sample.py --checkpoint d --prompt a", "d/config.json cannot be read (["),
     (f"{CIRCLE} --targets all=1 beauty=1", "--targets beauty=1: no such reward in this checkpoint"),
     (f"{CIRCLE} --negative contrast=high", "negative contrast=high: a level is"),

@@ -291,6 +291,7 @@ def test_runs_are_grouped_by_the_flags_that_differ_and_seeds_are_pooled(runs, tm
     slow = changed(runs["all"], tmp_path / "slow", lr=0.5)
     fork = changed(runs["all"], tmp_path / "fork", rotary=True)
     assert groups(runs["all"], far, runs["none"]) == {"none": ["none"], "all": ["all", "far"]}
+    assert groups(runs["contrast"]) == {"contrast alone": ["contrast"]}
     assert groups(runs["all"], slow) == {"all lr=0.002": ["all"], "all lr=0.5": ["slow"]}
     assert set(groups(runs["none"], fork)) == {"none rotary=None", "all rotary=True"}
     assert groups(far, runs["all"], far)["all"] == ["all", "far"]                # by seed, and once
