@@ -442,7 +442,8 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before_and_ends_bitwise_eq
     (out / "model.safetensors").unlink()
     with open(out / "log.jsonl", "a") as file:
         file.write('{"step": 8, "lo')                                 # a kill cut the last line
-    succeed("train.py", *TINY, "--data", world, "--out", out, *EIGHT, "--save-every", 5)   # it may change
+    succeed("train.py", *TINY, "--data", world, "--out", out, *EIGHT,
+            "--save-every", 5)                                        # it may change
     assert_equal_runs(out, checkpoint)
 
 
